@@ -14,22 +14,7 @@ from minisgl.config import Config
 from minisgl.core.engine import Engine
 from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent
 from minisgl_bench import ablation
-from minisgl_bench.ablation import (
-    CPU_SCENARIOS,
-    GPU_SCENARIOS,
-    TRIED,
-    TRIED_ON_CPU,
-    TRIED_ON_GPU,
-    AblationRunner,
-    Measurement,
-    Scenario,
-    Tried,
-    Variant,
-    against_default,
-    make_variants,
-    play,
-    serve,
-)  # fmt: skip
+from minisgl_bench.ablation import CPU_SCENARIOS, TRIED, AblationRunner, Measurement, Variant, make_variants, play
 from minisgl_bench.command import ABLATIONS, main
 from minisgl_bench.report import distinct, draw_ablation, draw_file
 
@@ -82,9 +67,10 @@ def test_a_ratio_is_to_the_mean_of_the_two_defaults_beside_it_and_the_spread_is_
         Measurement(variant=off, tokens_per_second=60.0, ttft_p50_ms=10.0),
         Measurement(variant=default, error="no"),
     ]
-    assert against_default(runs, 1) == pytest.approx({"of_default": 0.5, "ttft_of_default": 1.5, "spread": 0.2})
-    assert [against_default(runs, index) for index in (0, 2, 3, 4)] == [{}] * 4
-    assert against_default(runs[:2], 1) == {}
+    found = ablation.against_default(runs, 1)
+    assert found == pytest.approx({"of_default": 0.5, "ttft_of_default": 1.5, "spread": 0.2})
+    assert [ablation.against_default(runs, index) for index in (0, 2, 3, 4)] == [{}] * 4
+    assert ablation.against_default(runs[:2], 1) == {}
 
 
 def test_a_variant_that_fails_is_told_and_the_next_runs(folder: Path) -> None:
@@ -99,7 +85,7 @@ def test_a_variant_that_fails_is_told_and_the_next_runs(folder: Path) -> None:
 
 
 def test_a_scenario_that_the_context_cannot_hold_is_left_out(folder: Path) -> None:
-    scenarios = CPU_SCENARIOS | {"longest": Scenario(1, own=(600, 600), answer=(1, 1))}
+    scenarios = CPU_SCENARIOS | {"longest": ablation.Scenario(1, own=(600, 600), answer=(1, 1))}
     runner = AblationRunner(small(folder), scenarios)
     assert list(runner.scenarios) == list(CPU_SCENARIOS)
     runner.close()
@@ -170,7 +156,7 @@ def test_requests_that_come_before_the_time_to_launch_are_in_the_step(
     monkeypatch.setattr(ablation, "time", clock)
     engine = OneStepEngine(clock)
     requests = [Request(id=str(index), prompt_bytes=b"", params=SamplingParams()) for index in range(5)]
-    assert serve(cast(Engine, engine), requests, clients, first_tokens) == [[7]] * 5
+    assert ablation.serve(cast(Engine, engine), requests, clients, first_tokens) == [[7]] * 5
     assert ["".join(batch) for batch in engine.batches] == batches
     assert all(0.5 - ablation.THINK <= seconds < 0.51 for seconds in first_tokens)
     assert len(first_tokens) == 5
@@ -211,16 +197,16 @@ def test_the_defaults_executor_is_kept_and_a_variants_is_freed_before_the_next(f
 
 def test_variants_leave_out_what_is_configured_already() -> None:
     config = Config(attn="auto", max_prefill_length=8192, cuda_graph_max_bs=256, piecewise_cuda_graph_max_tokens=2048)
-    made = make_variants(config, (*TRIED, *TRIED_ON_GPU), GPU_SCENARIOS)
+    made = make_variants(config, (*TRIED, *ablation.TRIED_ON_GPU), ablation.GPU_SCENARIOS)
     assert "launch_ahead=one-step" in names(made)
     assert "launch_ahead=just-in-time" not in names(made)
-    chosen = make_variants(config, TRIED_ON_GPU, ["batch"])
+    chosen = make_variants(config, ablation.TRIED_ON_GPU, ["batch"])
     assert names(chosen) == [
         "default", "kv_cache_dtype=fp8_e4m3", "default", "quantization=fp8", "default",
         "quantization=fp8, kv_cache_dtype=fp8_e4m3", "default", "cuda_graph_max_bs=0", "default",
         "cuda_graph_max_bs=64", "default", "max_prefill_length=4096", "default",
     ]  # fmt: skip
-    again = make_variants(config.replace(page_size=64), (*TRIED, *TRIED_ON_CPU), ["batch", "short"])
+    again = make_variants(config.replace(page_size=64), (*TRIED, *ablation.TRIED_ON_CPU), ["batch", "short"])
     assert names(again).count("page_size=64") == 0
     assert make_variants(config, TRIED, ["longest"]) == []
 
@@ -228,8 +214,8 @@ def test_variants_leave_out_what_is_configured_already() -> None:
 def test_all_on_a_gpu_takes_eight_minutes_at_most() -> None:
     config = Config(attn="auto", max_prefill_length=8192, cuda_graph_max_bs=256, piecewise_cuda_graph_max_tokens=2048)
     pairs = {"long": ("fi", "triton"), "batch": ("fa", "fi", "trtllm")}
-    attention: list[Tried] = [("attention", scenario, {"attn": names}) for scenario, names in pairs.items()]
-    runs = make_variants(config, (*TRIED, *TRIED_ON_GPU, *attention), GPU_SCENARIOS)
+    attention: list[ablation.Tried] = [("attention", scenario, {"attn": names}) for scenario, names in pairs.items()]
+    runs = make_variants(config, (*TRIED, *ablation.TRIED_ON_GPU, *attention), ablation.GPU_SCENARIOS)
     assert len(runs) * (ablation.GPU_SECONDS + ablation.OVERHEAD) <= 8 * 60
 
 
@@ -245,15 +231,15 @@ def test_conversations_grow_by_what_was_said_and_scenarios_say_how_much_they_tak
         seen.append([list(request.prompt) for request in requests])
         return answer_all(None, requests, 0, [])
 
-    assert play(Scenario(2, own=(5, 5), answer=(2, 2), turns=3), answer, 100) == 12
+    assert play(ablation.Scenario(2, own=(5, 5), answer=(2, 2), turns=3), answer, 100) == 12
     assert [[len(prompt) for prompt in turn] for turn in seen] == [[5, 5], [12, 12], [19, 19]]
     assert seen[1][0][:7] == [*seen[0][0], 7, 7]
     seen.clear()
-    assert play(Scenario(3, own=(2, 2), answer=(1, 1), shared=6), answer, 100) == 3
+    assert play(ablation.Scenario(3, own=(2, 2), answer=(1, 1), shared=6), answer, 100) == 3
     assert len({tuple(prompt[:6]) for prompt in seen[0]}) == 1
     assert len({tuple(prompt) for prompt in seen[0]}) == 3
-    assert Scenario(2, own=(5, 5), answer=(2, 2), turns=3).tokens == 2 * (21 + 512)
-    assert max(scenario.tokens for scenario in GPU_SCENARIOS.values()) < 500_000
+    assert ablation.Scenario(2, own=(5, 5), answer=(2, 2), turns=3).tokens == 2 * (21 + 512)
+    assert max(scenario.tokens for scenario in ablation.GPU_SCENARIOS.values()) < 500_000
 
 
 def test_the_picture_needs_matplotlib_alone(tmp_path: Path) -> None:

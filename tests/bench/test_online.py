@@ -55,13 +55,9 @@ def write_trace(path: Path) -> Path:
     own = itertools.count(100)
     for turn, chat in itertools.product(range(4), range(5)):
         history[chat] += itertools.islice(own, 2)
-        row: dict[str, Any] = {
-            "chat_id": 5 * turn + chat,
-            "timestamp": 10 + 0.05 * len(rows),
-            "output_length": 3 + chat,
-        }
-        row |= {"input_length": 16 * len(history[chat]) - (chat + turn) % 5, "hash_ids": history[chat]}
-        rows.append(json.dumps(row) + "\n")
+        length = 16 * len(history[chat]) - (chat + turn) % 5
+        row = {"chat_id": 5 * turn + chat, "timestamp": 10 + 0.05 * len(rows), "input_length": length}
+        rows.append(json.dumps({**row, "output_length": 3 + chat, "hash_ids": history[chat]}) + "\n")
     path.write_text("".join(rows))
     return path
 
