@@ -1,5 +1,6 @@
 """What `minisgl ray` and `serve run` take, and how many replicas the load asks for; without Ray."""
 
+import pickle
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import pytest
 
 from helpers.processes import free_port
-from minisgl.errors import ConfigError
+from minisgl.errors import ConfigError, MinisglError
 from minisgl.ray_app import ArgumentParser, Scale, build, desired_replicas, main, parse
+from minisgl.server.errors import QueueFullError
 
 
 def test_the_flags_of_serve_and_those_of_ray() -> None:
@@ -115,3 +117,10 @@ def test_a_cluster_that_cannot_be_joined_is_an_error(
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, serve=None))
     assert main(["--port", str(free_port())]) == 1
     assert "error: Failed to connect to Ray cluster at 10.0.0.1:6379; RAY_ADDRESS" in capsys.readouterr().err
+
+
+def test_an_error_is_the_same_behind_a_replicas_border() -> None:
+    for error in (QueueFullError("4 wait", 7), MinisglError("the step failed", code="internal_error")):
+        same = pickle.loads(pickle.dumps(error))
+        assert type(same) is type(error)
+        assert vars(same) == vars(error)

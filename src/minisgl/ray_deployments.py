@@ -52,13 +52,6 @@ RETRY_DELAYS: Final = (0.5, 1.0, 2.0)
 logger = logging.getLogger(__name__)
 
 
-def portable(error: MinisglError) -> MinisglError:
-    """The same error of the base class, which is made of its message alone, as unpickling does."""
-    same = MinisglError(error.message, code=error.code)
-    same.status, same.type, same.retry_after = error.status, error.type, error.retry_after
-    return same
-
-
 class ManyIngressesError(MinisglError, status=501, code="unsupported_endpoint"): ...
 
 
@@ -98,7 +91,7 @@ class EngineReplica:
                         return
                     yield msgspec.msgpack.encode(batch)
         except MinisglError as error:
-            yield portable(error)
+            yield error
 
     async def renew(self, ingress: str) -> None:
         if ingress in self.renewed:
@@ -178,7 +171,7 @@ class ReplicaClient(EngineClient):
         try:
             async for said in response:
                 if isinstance(said, MinisglError):
-                    return EngineDeadError(said.message) if said.code == EngineDeadError.code else said
+                    return said
                 self._on_events(msgspec.msgpack.decode(said, type=ipc.Events), time.monotonic())
         except BackPressureError:
             return OverloadedError("all replicas are busy; try again later", RETRY_SECONDS)
