@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.tiny_models import save_model
 from minisgl.build import read_eos_token_ids
-from minisgl.core.model_config import read_spec
+from minisgl.core.model_config import read_json, read_spec
 from minisgl.core.weights import HEAD, INDEX, load_weights
 from minisgl.errors import ModelError
 from minisgl.formats.hub import locate_model
@@ -107,6 +108,17 @@ def test_a_git_lfs_pointer_in_the_place_of_a_gguf_file_is_named(tmp_path: Path) 
     (tmp_path / "model.gguf").write_text(LFS)
     with pytest.raises(ModelError, match=r"model\.gguf: .*git lfs pull"):
         locate_model(str(tmp_path / "model.gguf"))
+
+
+def test_a_file_is_opened_once(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_and_remove(path: Path, mode: str) -> IO[bytes]:
+        file = open(path, mode)  # noqa: SIM115
+        path.unlink()
+        return file
+
+    shutil.copy(saved / "config.json", tmp_path)
+    monkeypatch.setattr(Path, "open", open_and_remove)
+    assert read_json(tmp_path / "config.json")["architectures"]
 
 
 @pytest.mark.parametrize("change", ["none", "same", "one row", "rows", "dtype"])

@@ -287,25 +287,25 @@ def _yarn_scale(rope: Fields, factor: float) -> float:
     return scale(1.0)
 
 
-def require_file(path: Path) -> None:
-    """Raise ModelError for what is no regular file, and for what Git leaves in the place of a large one."""
+def require_file(path: Path, size: int = len(LFS_POINTER)) -> bytes:
+    """A file's first bytes. Raises ModelError for what is no regular file, or what Git leaves in its place."""
     try:
         if not path.is_file():  # to open a FIFO would wait for its writer
             raise ModelError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
         with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER))
+            start = file.read(size)
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from error
-    if start == LFS_POINTER:
+    if start.startswith(LFS_POINTER):
         raise ModelError(f"{path}: a Git LFS pointer, not the file it stands for, which `git lfs pull` fetches")
+    return start
 
 
 def read_small(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     """The bytes of a file. Raises ModelError naming it when it is missing, no regular file or larger than `most`."""
-    require_file(path)
-    if path.stat().st_size > most:
+    if len(data := require_file(path, most + 1)) > most:
         raise ModelError(f"{path}: larger than {most} bytes, which no description of a model is")
-    return path.read_bytes()
+    return data
 
 
 def read_json(path: Path) -> Any:
