@@ -9,7 +9,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal
 
@@ -239,8 +239,8 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Config:
     return Config(**changes)
 
 
-def debugging(environ: Mapping[str, str] = os.environ) -> bool:
-    return environ.get("LOG_LEVEL", "").upper() == "DEBUG"
+def debugging() -> bool:
+    return os.environ.get("LOG_LEVEL", "").upper() == "DEBUG"
 
 
 def split_words(values: Iterable[str]) -> tuple[str, ...]:
@@ -278,10 +278,10 @@ def environment_with(**more: str) -> dict[str, str]:
     return {**os.environ, **more}
 
 
-def bind_gloo_to_loopback(environ: MutableMapping[str, str] = os.environ) -> None:
+def bind_gloo_to_loopback() -> None:
     """Have gloo name the interface: what the host's name resolves to may be a VPN's, another host's or nothing."""
     if any(name == "lo" for _, name in socket.if_nameindex()):
-        environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def check(config: Config) -> None:

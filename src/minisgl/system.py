@@ -15,6 +15,7 @@ import weakref
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+PREFIX = "minisgl-"  # of a folder's name
 MAX_PATH = 88  # characters before the random ones of a folder's name; the path of a Unix socket has at most 107
 
 
@@ -23,15 +24,15 @@ class PrivateFolder(tempfile.TemporaryDirectory[str]):
     process holds the lock in its folder for as long as it lives.
     """
 
-    def __init__(self, prefix: str = "minisgl-") -> None:
-        base = tempfile.gettempdir() if len(tempfile.gettempdir() + prefix) <= MAX_PATH else "/tmp"
-        for lock in Path(base).glob("minisgl-*/lock"):
+    def __init__(self) -> None:
+        base = tempfile.gettempdir() if len(tempfile.gettempdir() + PREFIX) <= MAX_PATH else "/tmp"
+        for lock in Path(base).glob(f"{PREFIX}*/lock"):
             with contextlib.suppress(OSError):
                 if lock.parent.lstat().st_uid == os.getuid():
                     with lock.open() as file:
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         shutil.rmtree(lock.parent, ignore_errors=True)
-        super().__init__(prefix=prefix, dir=base, ignore_cleanup_errors=True)
+        super().__init__(prefix=PREFIX, dir=base, ignore_cleanup_errors=True)
         self._lock = open(os.path.join(self.name, "locking"), "w")  # noqa: SIM115
         with contextlib.suppress(OSError):  # where there are no locks nothing is removed
             fcntl.flock(self._lock, fcntl.LOCK_EX)
