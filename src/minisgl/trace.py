@@ -53,7 +53,6 @@ class TraceWriter(Observer):
 
     def __init__(self, path: str) -> None:
         self._file = OutputFile(path, "--trace-steps")
-        self._encode = msgspec.json.Encoder().encode
         self._rows = bytearray()  # of a step, written together
         self._begin = b"[\n"
         self._ended = 0.0  # when the last step did
@@ -78,7 +77,7 @@ class TraceWriter(Observer):
             self._instant(record.launched, name, f"admitted, {cached} tokens cached")
         if tracks := [self._track(name) for name in record.decodes]:  # most of the file: all alike but for the track
             row = {"ph": "X", "ts": microseconds(began), "dur": microseconds(ended - began), "pid": REQUESTS}
-            head = self._encode({**row, "name": "decode", "args": {"step": step}})[:-1]
+            head = msgspec.json.encode({**row, "name": "decode", "args": {"step": step}})[:-1]
             self._rows += b"".join([b'%b%b,"tid":%d}' % (self._begin, head, track) for track in tracks])
         for chunk in record.chunks:
             text = f"prompt {chunk.start} to {chunk.start + chunk.length}"
@@ -110,7 +109,7 @@ class TraceWriter(Observer):
 
     def _write(self, kind: str, time: float, process: int, track: int, name: str, **more: Any) -> None:
         row = {"ph": kind, "ts": microseconds(time), "pid": process, "tid": track, "name": name, **more}
-        self._rows += self._begin + self._encode(row)
+        self._rows += self._begin + msgspec.json.encode(row)
         self._begin = b",\n"
 
 
@@ -127,7 +126,6 @@ class TrafficRecorder(Observer):
 
     def __init__(self, path: str) -> None:
         self._file = OutputFile(path, "--record")
-        self._encode = msgspec.json.Encoder().encode
         self._key = secrets.token_bytes(32)
         self._start = time.monotonic()
         self._count = itertools.count()
@@ -155,7 +153,7 @@ class TrafficRecorder(Observer):
                 row["output_length"] += len(event.tokens)
                 if event.finish is not None:
                     row |= {"output_length": max(1, row["output_length"]), "finish": event.finish}
-                    self._file.write(self._encode(self._live.pop(event.id)) + b"\n")
+                    self._file.write(msgspec.json.encode(self._live.pop(event.id)) + b"\n")
 
     def close(self) -> None:
         self._file.close()
