@@ -339,12 +339,11 @@ def against_default(measured: Sequence[Measurement], index: int) -> dict[str, fl
     return {**found, "spread": abs(beside[0].tokens_per_second - beside[1].tokens_per_second) / rate}
 
 
-def ablation_table(title: str, measured: Sequence[Measurement]) -> Table:
+def ablation_table(title: str, measured: Sequence[Measurement], figures: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
-    for index, item in enumerate(measured):
+    for item, found in zip(measured, figures, strict=True):
         if item.variant.changes or item.error is not None:
-            figures = dataclasses.asdict(item) | against_default(measured, index)
-            cells = [text.format(figures[name]) if name in figures else "" for name, text in COLUMNS.values()]
+            cells = [text.format(found[name]) if name in found else "" for name, text in COLUMNS.values()]
             rows.append([item.variant.name, item.variant.scenario, *(cells if item.error is None else [item.error])])
     return table(title, ("setting", "workload", *COLUMNS), rows, left=2)
 
@@ -371,12 +370,12 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
         for variant in variants:
             measured.append(runner.run(variant))
             advance(1)
-            rows = [dataclasses.asdict(item) | against_default(measured, i) for i, item in enumerate(measured)]
-            report.figures["measurements"] = rows
+            figures = [dataclasses.asdict(item) | against_default(measured, i) for i, item in enumerate(measured)]
+            report.figures["measurements"] = figures
             report.write()
     title = f"{slug(runner.model.name)} on {gpu_name() if gpu else 'CPU'}"
-    report.print(ablation_table(title, measured))
-    shares = [(item.variant, against_default(measured, index)) for index, item in enumerate(measured)]
-    bars = [(v.group, f"{v.name} ({v.scenario})", found["of_default"]) for v, found in shares if found]
+    report.print(ablation_table(title, measured, figures))
+    both = zip((item.variant for item in measured), figures, strict=True)
+    bars = [(v.group, f"{v.name} ({v.scenario})", found["of_default"]) for v, found in both if "of_default" in found]
     report.finish(lambda figure: draw_ablation(figure, title, bars))
     return 1 if any(item.error is not None for item in measured) else 0

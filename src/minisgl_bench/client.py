@@ -41,7 +41,6 @@ class Target:
     host: str
     address: str
     port: int
-    family: int
     prefix: str
     tls: ssl.SSLContext | None
     key: str | None
@@ -87,13 +86,13 @@ def parse_target(url: str, key: str | None) -> Target:
     if key is not None and not (key.isascii() and key.isprintable()):
         raise ConfigError("--api-key must be made of printable ASCII: it travels in a header")
     try:
-        family, _, _, _, where = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0]
+        *_, where = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ConfigError(f"--url {url}: {error.strerror}") from error
     tls = ssl.create_default_context() if parts.scheme == "https" else None
     prefix = parts.path.rstrip("/").removesuffix("/v1")
     base = f"{parts.scheme}://{parts.netloc}{prefix}"
-    return Target(base, parts.hostname, str(where[0]), port, family, prefix, tls, key)
+    return Target(base, parts.hostname, str(where[0]), port, prefix, tls, key)
 
 
 class CompletionStream(asyncio.Protocol):
@@ -121,7 +120,7 @@ class CompletionStream(asyncio.Protocol):
     async def connect(self, target: Target) -> None:
         name = target.host if target.tls is not None else None
         await asyncio.get_running_loop().create_connection(
-            lambda: self, target.address, target.port, family=target.family, ssl=target.tls, server_hostname=name
+            lambda: self, target.address, target.port, ssl=target.tls, server_hostname=name
         )
 
     def send(self, request: bytes) -> None:

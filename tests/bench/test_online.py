@@ -178,10 +178,8 @@ def test_a_missing_package_is_named_with_the_extra(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "httptools", None)
     assert bench("--rate", "1") == 1
-    assert (
-        capsys.readouterr().err
-        == f"error: bench online needs httptools and psutil: {install_command('httptools', 'psutil')}\n"
-    )
+    command = install_command("httptools", "psutil")
+    assert capsys.readouterr().err == f"error: bench online needs httptools and psutil: {command}\n"
 
 
 def test_a_wrong_trace_is_told_before_a_server_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,8 +31,6 @@ from minisgl.errors import ConfigError, EngineDeadError
 SETTINGS: dict[str, Any] = {
     "num_pages": 30, "page_size": 4, "max_running_requests": 8, "max_prefill_length": 24, "progress": False,
 }  # fmt: skip
-
-
 CASES = requests(400, 50, longer=8)
 
 
