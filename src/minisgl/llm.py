@@ -136,7 +136,6 @@ class LLM:
         return Request.make(str(next(self._ids)), ids, params)
 
     def _run(self, outputs: Mapping[str, RequestOutput], progress: bool) -> None:
-        """Run all to their end, with a bar."""
         rate = TextColumn("{task.fields[rate]}")
         columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), rate
         with Progress(*columns, disable=not progress) as bar, closing(self._steps(outputs)) as steps:

@@ -280,7 +280,6 @@ def simulate_parser() -> tuple[Parser, dict[str, Any]]:
 
 
 def simulate(arguments: Sequence[str]) -> int:
-    """Entry point of `minisgl simulate`; the exit status."""
     parser, defaults = simulate_parser()
     said = vars(parser.parse_args(arguments))
     check_traffic(parser, said)

@@ -37,7 +37,6 @@ class SimulatedExecutor:
         self._half: tuple[StepPlan, Int32] | None = None  # launched, and to be finished
 
     def launch(self, plan: StepPlan) -> None:
-        """Execute the plan at once."""
         if self._half is not None:
             raise RuntimeError(f"step {plan.step}: the step before waits for its masks")
         if (init := plan.init) is not None:
