@@ -122,22 +122,18 @@ ROUTERS: Final[Mapping[str, Callable[[int], Router]]] = {
 }
 
 
-@dataclass(eq=False, slots=True)
-class _Client:
-    """What a client still has to send in a session."""
-
-    session: Session
-    turns: deque[tuple[Turn, RequestRecord]]
+Turns = deque[tuple[Turn, RequestRecord]]  # that a client still has to send in a session
 
 
 @dataclass(eq=False, slots=True)
 class _Sent:
-    """A request without its whole answer, and where it is."""
+    """A request without its whole answer, where it is, and what its client sends `think` s behind the answer."""
 
     request: Request
     record: RequestRecord
-    client: _Client
-    replica: int
+    turns: Turns
+    think: float
+    replica: int = 0
 
 
 class Clients:
@@ -187,17 +183,17 @@ class Clients:
         """Let the next session begin, at its own time in an open loop."""
         if (session := next(self._sessions, None)) is None:
             return
-        client = _Client(session, deque())
+        turns: Turns = deque()
         for turn in session.turns:
             index, lengths = len(self.records), (turn.input_length, turn.output_length)
             record = RequestRecord(index, expected_input=lengths[0], expected_output=lengths[1])
             record.expected_cached = self._hits[index % len(self._hits)] if self._hits else 0
             self.records.append(record)
-            client.turns.append((turn, record))
-        self._at(session.due if self._open else time, partial(self._send, client, first=True))
+            turns.append((turn, record))
+        self._at(session.due if self._open else time, partial(self._send, turns, session.think, first=True))
 
-    def _send(self, client: _Client, time: float, first: bool = False) -> None:
-        turn, record = client.turns.popleft()
+    def _send(self, turns: Turns, think: float, time: float, first: bool = False) -> None:
+        turn, record = turns.popleft()
         record.due = record.sent = time
         vocab = self.replicas[0].model.vocab_size
         prompt = traffic.segment_numbers(self.seed, turn.segments, vocab).astype(np.int32)
@@ -205,17 +201,17 @@ class Clients:
         seed = record.index if params.seed is None else params.seed
         params = msgspec.structs.replace(params, max_tokens=turn.output_length, seed=seed, logprobs=None)
         request = Request(id=str(record.index), prompt_bytes=prompt.tobytes(), params=params, priority=turn.priority)
-        self._route(request, record, client, time)
+        self._route(_Sent(request, record, turns, think), time)
         if first and self._open:
             self._begin_next(time)
 
-    def _route(self, request: Request, record: RequestRecord, client: _Client, time: float) -> None:
-        index = self.router(request.prompt_bytes, self._loads)
+    def _route(self, sent: _Sent, time: float) -> None:
+        sent.replica = index = self.router(sent.request.prompt_bytes, self._loads)
         replica, self._loads[index] = self.replicas[index], self._loads[index] + 1
-        self._live[request.id] = _Sent(request, record, client, index)
+        self._live[sent.request.id] = sent
         if not replica.has_work:
             heapq.heappush(self._ready, (max(replica.executor.now, time), index))
-        replica.send(request, time)
+        replica.send(sent.request, time)
 
     def _step(self, index: int) -> None:
         if index not in self._loads:
@@ -232,7 +228,7 @@ class Clients:
             heapq.heappush(self._ready, (replica.next_step_at, index))
 
     def _finish(self, sent: _Sent, cached_tokens: int, time: float) -> None:
-        record, client = sent.record, sent.client
+        record = sent.record
         if self._live.get(sent.request.id) is not sent:  # it was sent again
             return
         del self._live[sent.request.id]
@@ -242,8 +238,8 @@ class Clients:
         record.cached_tokens = cached_tokens
         if record.index % self.every:
             record.times, record.thinned = array("d", (record.times[0], record.times[-1])), True
-        if client.turns:
-            self._at(time + client.session.think, partial(self._send, client))
+        if sent.turns:
+            self._at(time + sent.think, partial(self._send, sent.turns, sent.think))
         elif not self._open:
             self._begin_next(time)
 
@@ -253,4 +249,4 @@ class Clients:
         for sent in [sent for sent in self._live.values() if sent.replica == lost]:
             self.sent_again += 1
             sent.record.times = array("d")
-            self._route(sent.request, sent.record, sent.client, time)
+            self._route(copy.copy(sent), time)  # what the lost one still finishes is not its answer
