@@ -7,7 +7,7 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -113,12 +113,7 @@ class CollectivesRank:
         call = make_call(rows)
         if self.cuda:
             return graph_us(call, replays=REPLAYS)
-        times = []
-        for _ in range(REPLAYS):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return 1e6 * statistics.median(times)
+        return 1e6 * statistics.median(timeit.repeat(call, number=1, repeat=REPLAYS))
 
     def terms(self, rows: int) -> tuple[Tensor, Tensor]:
         """This rank's term, and the sum of all, in float32."""

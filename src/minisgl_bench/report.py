@@ -165,9 +165,8 @@ def draw_latencies(
     grid = figure.subplots(2, 4)
     for axes, below, name in zip(*grid, LATENCIES, strict=True):
         for run, latencies in zip(runs, samples, strict=True):
-            if count := len(latencies[name]):
-                values = np.maximum(1e3 * np.sort(latencies[name]), LEAST)
-                axes.plot(values, np.arange(1, count + 1) / count, label=run["label"])
+            if len(latencies[name]):
+                axes.ecdf(np.maximum(1e3 * latencies[name], LEAST), label=run["label"])
                 axes.set_xscale("log")
         axes.set(xlabel=f"{LATENCIES[name]}, ms", ylabel="share of all", ylim=(0, 1))
         drawn = [run for run in runs if run["latency_ms"][name]]
