@@ -2,10 +2,11 @@
 
 import importlib
 import json
-import random
 import sys
 import time
 from typing import Any, Final
+
+from minisgl_bench.workload import random_tokens
 
 WARM_TOKENS: Final = 16
 
@@ -15,8 +16,7 @@ def main() -> None:
     vllm: Any = importlib.import_module("vllm")
     llm = vllm.LLM(seed=order["seed"], **order["settings"])
     prompts: list[list[int]] = order["prompts"]
-    rng, highest = random.Random(-1), max(map(max, prompts))
-    others = [[rng.randint(0, highest) for _ in prompt] for prompt in prompts]
+    others = random_tokens([len(prompt) for prompt in prompts], max(map(max, prompts)) + 1, -1)
 
     def generate(tokens: list[list[int]], lengths: list[int]) -> int:
         same = {"temperature": order["temperature"], "ignore_eos": True, "detokenize": False}

@@ -6,8 +6,6 @@ import random
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
-
 from minisgl.core.types import SamplingParams
 
 # Prompts are made of ids 0 … HIGHEST_TOKEN, so that the same workload suits every vocabulary.
@@ -89,5 +87,4 @@ def redraw(workload: Workload, vocab_size: int, seed: int, most: int | None = No
     """The same lengths with other tokens, which no cache knows; answers of at most `most` tokens."""
     prompts = random_tokens([len(prompt) for prompt in workload.prompts], vocab_size, seed)
     lengths = [length if most is None else min(length, most) for length in workload.output_lens]
-    params = [msgspec.structs.replace(p, max_tokens=n) for p, n in zip(workload.params, lengths, strict=True)]
-    return Workload(prompts=prompts, params=params)
+    return Workload(prompts=prompts, params=sampling_params(lengths, workload.params[0].temperature))
