@@ -78,13 +78,13 @@ class GpuProbe:
     def gap(self) -> float:
         return 1e-6 * graph_us(partial(noise(1).add_, 1), calls=1, replays=500)
 
-    def all_reduces(self) -> dict[str, dict[str, Any]] | None:
+    def all_reduces(self) -> dict[str, Any] | None:
         """µs by name and rows, over all GPUs; None on a single one."""
         if (count := min(4, torch.cuda.device_count())) < 2:
             return None
         with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
             collectives.main(["--tp", str(count), "--rows", *map(str, REDUCED), "--json", file.name])
-            found: dict[str, dict[str, Any]] = json.load(file)
+            found: dict[str, Any] = json.load(file)
         return found
 
 
@@ -125,11 +125,11 @@ def solve(probe: GpuProbe, known: GpuConstants, read: float) -> GpuConstants:
     return found
 
 
-def link_constants(reduced: dict[str, dict[str, Any]], item: int) -> dict[str, float]:
+def link_constants(reduced: dict[str, Any], item: int) -> dict[str, float]:
     """From `bench collectives`: the rate and the least time of NCCL, and the least of what is fused with the norm."""
-    ranks, hidden = int(str(reduced["tp"])), int(str(reduced["hidden"]))
+    ranks, hidden = reduced["tp"], reduced["hidden"]
     nccl = [times for name, times in reduced.items() if name.startswith("all-reduce: ") and works(times)][-1]
-    fused = [times["1"] for name, times in reduced.items() if "fused" in name and works({"1": times["1"]})]
+    fused = [times["1"] for name, times in reduced.items() if "fused" in name and isinstance(times["1"], float)]
     few, many = REDUCED[1:]
     each = 2 * (ranks - 1) / ranks * hidden * item  # bytes that a GPU sends for a row
     link: float = each * (many - few) / (nccl[str(many)] - nccl[str(few)]) * 1e6
