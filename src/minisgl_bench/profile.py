@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from minisgl.core.plan import Executor, Masks, StepPlan, StepResult
+from minisgl.core.plan import Executor, StepPlan, StepResult
 
 # Into how many sections the steps are cut that only decode, and those that do not.
 SECTIONS: Final = {True: 12, False: 6}
@@ -46,20 +46,14 @@ class Recorder:
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
+        self.num_pages, self.finish, self.close = executor.num_pages, executor.finish, executor.close
         self.steps: list[Step] = []
         self.waits: list[float] = []
         self.collected: list[float] = []
 
-    @property
-    def num_pages(self) -> int:
-        return self.executor.num_pages
-
     def launch(self, plan: StepPlan) -> None:
         self.steps.append(Step(len(plan.decode_slots), len(plan.prefill_tokens), len(plan.sampled_slots)))
         self.executor.launch(plan)
-
-    def finish(self, masks: Masks) -> None:
-        self.executor.finish(masks)
 
     def collect(self) -> StepResult:
         started = time.perf_counter()
@@ -67,9 +61,6 @@ class Recorder:
         self.collected.append(time.perf_counter())
         self.waits.append(self.collected[-1] - started)
         return result
-
-    def close(self) -> None:
-        self.executor.close()
 
     def token_gaps(self) -> list[float]:
         """Seconds between two collected steps, for each step that decoded: how long running requests waited."""

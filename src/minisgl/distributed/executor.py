@@ -33,14 +33,11 @@ class GroupExecutor:
     def __init__(self, local: LocalExecutor, group: TPGroup, workers: WorkerPool, collectives: str) -> None:
         self.attention_choice = local.attention_choice
         self.kernels = local.kernels
+        self.num_pages = local.num_pages
         self.collectives = collectives
         self.local = local
         self._group = group
         self._workers = workers
-
-    @property
-    def num_pages(self) -> int:
-        return self.local.num_pages
 
     def launch(self, plan: StepPlan) -> None:
         self._workers.check()
