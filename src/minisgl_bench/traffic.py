@@ -175,10 +175,10 @@ def from_trace(trace: Trace, scale: float, max_input: int | None, max_output: in
     sessions = []
     for index, request in enumerate(trace.requests):
         blocks = [Segment(("block", name), trace.block) for name in request.hash_ids]
-        segments = cut([*blocks, Segment(("own", index), request.input_length)], request.input_length)
+        kept = min(request.input_length, max_input or request.input_length)
+        prompt = ChatMessage("user", tuple(cut([*blocks, Segment(("own", index), kept)], kept)))
         length = min(request.output_length, max_output or request.output_length)
-        turn = single(cut(segments, max_input or request.input_length), length)
-        turn = dataclasses.replace(turn, sampling=request.sampling, priority=request.priority)
+        turn = Turn((prompt,), length, request.sampling, request.priority)
         sessions.append(Session((turn,), request.arrival * scale))
     return sessions
 
