@@ -33,8 +33,7 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
     with LLM(config=config) as llm:
         token_times(llm, min(8, llm.model.max_seq_len - 1), 1)
         first_token = process_seconds()
-        for note in llm.notes:
-            report.print(note)
+        report.print(*llm.notes)
         report.figures |= {"workload": dataclasses.asdict(spec), "config": list(llm.notes)}
         workload = make_workload(spec, llm.model.vocab_size)
         executor = llm.engine.executor

@@ -87,11 +87,8 @@ async def measure(client: LoadClient, limit: int | None, report: Report) -> list
         records = await measure_one(client, found, mixed, sessions, value if kind == "concurrency" else None)
         report.figures["runs"].append(found)
         samples.append(metrics.latencies([record for record in records if record.failure is None]))
-        report.print(metrics.latency_table(f"{client.model}, {label}", found))
-        for line in (*metrics.lines(found), client_line(found["client"])):
-            report.print(line)
-        for row in found.get("server_cpu", ()):
-            report.print(server_line(row))
+        report.print(metrics.latency_table(f"{client.model}, {label}", found), *metrics.lines(found))
+        report.print(client_line(found["client"]), *map(server_line, found.get("server_cpu", ())))
     return samples
 
 

@@ -84,8 +84,8 @@ class Report:
         self.console = Console(width=max(width, Console().width), soft_wrap=True, highlight=False, markup=False)
         self.figures: dict[str, Any] = {"command": shlex.join(command), "hardware": hardware(), "versions": versions()}
 
-    def print(self, line: str | Table) -> None:
-        self.console.print(line)
+    def print(self, *parts: str | Table) -> None:
+        self.console.print(*parts, sep="\n")
 
     def write(self) -> None:
         if self.path is not None:

@@ -51,8 +51,7 @@ def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.N
             raise ConfigError(f"--trace-steps is of one simulation, and these are {len(cases)}")
         cases[0].replica.engine.observers.append(TraceWriter(options.trace_steps))
     gpus = {case.replica.gpu.name: case.replica.gpu for case in cases}
-    for gpu in gpus.values():
-        report.print(f"{gpu.name}: {gpu.source}")
+    report.print(*(f"{gpu.name}: {gpu.source}" for gpu in gpus.values()))
     report.figures |= {"gpus": [msgspec.to_builtins(gpu) for gpu in gpus.values()]}
     names = [name for name in cases[0].settings if len({str(case.settings[name]) for case in cases}) > 1]
     names = names or [load_kind(options)]
@@ -71,9 +70,8 @@ def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.N
     gc.unfreeze()
     model = slug(configs[0][1].model or spec_of(configs[0][1]).architecture)
     if len(runs) == 1:
-        report.print(metrics.latency_table(f"{model}, {label}, simulated", found))
-        for line in (*metrics.lines(found), simulation_line(found)):
-            report.print(line)
+        report.print(metrics.latency_table(f"{model}, {label}, simulated", found), *metrics.lines(found))
+        report.print(simulation_line(found))
     else:
         report.print(metrics.summary_table(runs))
     report.figures["runs"] = runs
