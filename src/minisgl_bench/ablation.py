@@ -174,8 +174,7 @@ class AblationRunner:
         """Load the model as `config` says, and measure the pages that fit. Raises ConfigError or ModelError."""
         if config.tp > 1:
             raise ConfigError("an ablation runs on one device; with --tp, run bench offline once for each setting")
-        machine = probe_machine()
-        gpu = resolve(config, machine).config.device == "cuda"
+        gpu = on_gpu(config)
         plain = config.replace(cuda_graph_max_bs=0, piecewise_cuda_graph_max_tokens=0) if gpu else config
         built = build_engine(plain, progress=True)
         executor = built.engine.executor
@@ -187,7 +186,7 @@ class AblationRunner:
         longest = min(self.model.max_seq_len, room - SLACK)
         self.scenarios = {name: each for name, each in scenarios.items() if each.length <= longest}
         self.kv_tokens = min(room, max((each.tokens for each in self.scenarios.values()), default=0))
-        self.config = resolve(config, machine, self.spec.checkpoint_dtype).config
+        self.config = resolve(config, probe_machine(), self.spec.checkpoint_dtype).config
         self.seconds = seconds
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
 
