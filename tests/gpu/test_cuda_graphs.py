@@ -11,11 +11,13 @@ import torch
 from helpers.driver import CPU, Driver
 from helpers.gpu import SPEC, build, gpu_config, graph_driver, random_prompts, random_weights, require
 from helpers.tp_cases import SPECS
-from minisgl.core.attention import Attention
+from minisgl.core.attention import Attention, TorchAttention
 from minisgl.core.model_config import ModelSpec, Moe
 from minisgl.core.model_runner import ModelRunner
 from minisgl.core.types import Request, SamplingParams
 from minisgl.core.weights import dummy_weights
+from minisgl.gpu import cuda_graphs
+from minisgl.gpu.attention import interface
 from minisgl.gpu.attention.triton import TritonAttention
 from minisgl.gpu.cuda_graphs import Capture, DecodeGraphs, MixedGraphs, PiecewiseGraphs, Work, piecewise_sizes
 from minisgl.gpu.kernels.attention import merge_rows
@@ -144,6 +146,38 @@ def capture_mixed(runner: ModelRunner, largest: int, capture: Capture = repeated
     graphs = MixedGraphs(runner.decoder, runner.kv, runner.tables, largest, capture)
     runner.graphs = [graphs]
     return graphs
+
+
+def test_decodes_of_which_one_is_far_longer_have_a_graph_that_shares_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(cuda_graphs, "SHARED_PAIRS", 3)
+    monkeypatch.setattr(interface, "EVEN_PAIRS", 3)
+    spec = SPECS["qwen3"]
+    weights = dummy_weights(spec, torch.float32, CPU)
+    plain, other = Driver(spec, weights), Driver(spec, weights)
+    other.decoder.attention = Attention(TorchAttention(), TritonAttention(CPU))
+    replays = []
+
+    def capture(work: Work) -> Work:
+        return lambda: replays.append((work, work()))
+
+    other.runner.graphs = [DecodeGraphs(other.decoder, other.runner.kv, other.runner.tables, 4, 256, capture)]
+    sampled = [
+        [
+            driver.step(chunks={0: [7, 3], 1: [3, 9, 1], 2: [*range(1, 18)]}),
+            driver.step(decode=[0, 1]),  # 2 KV heads: 10 tokens, of 3 in the longest
+            driver.step(decode=[2, 0, 1]),  # 48, of 18
+            driver.step(decode=[2]),  # fewer pairs than are ever shared out
+            driver.step(decode=[2, 1]),  # 48, of 20
+            driver.step(decode=[0, 1]),
+        ]
+        for driver in (plain, other)
+    ]
+    assert sampled[0] == sampled[1]
+    steps = [work.args[0] for work, _ in replays if isinstance(work, partial)]
+    assert [(len(step.rows.kv_lens), step.rows.even) for step in steps] == [
+        (2, True), (4, False), (1, True), (4, False), (2, True),
+    ]  # fmt: skip
 
 
 def test_capturing_writes_to_scratch_alone() -> None:

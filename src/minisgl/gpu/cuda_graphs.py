@@ -23,7 +23,16 @@ from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, upload
 from minisgl.core.logits import StepOutput
 from minisgl.core.plan import EMPTY, Int32, StepPlan
-from minisgl.gpu.attention.interface import DeviceBatch, GraphBackend, GraphDecode, decode_batch, static_step
+from minisgl.gpu.attention.interface import (
+    SHARED_PAIRS,
+    DeviceBackend,
+    DeviceBatch,
+    GraphBackend,
+    GraphDecode,
+    are_even,
+    decode_batch,
+    static_step,
+)  # fmt: skip
 
 CAPTURE_MODE = "thread_local"  # other threads may query events meanwhile: they watch collectives, or collect results
 MAX_CHUNKS = 64  # of prompts in a captured step beside decodes
@@ -71,7 +80,8 @@ class DecodeGraphs:
 
     They are captured when this is made, largest first. The host sends `changes` and replays the smallest graph that
     holds a step, padded with the tables' last row, whose page is scratch. All sizes write their logits to one buffer
-    outside the graphs' memory, where logits processors find them. `capture`: CUDA graphs in one memory pool by default.
+    outside the graphs' memory, where logits processors find them. Where one of many rows is far longer than the others,
+    a graph of the largest size shares out its work. `capture`: CUDA graphs in one memory pool by default.
     """
 
     def __init__(
@@ -88,6 +98,9 @@ class DecodeGraphs:
         self.logits = torch.empty((largest, len(head)), dtype=head.dtype, device=head.device)
         self._hosts = host_buffers(3 * largest, head.device)
         capture = capture or partial(captured, torch.cuda.graph_pool_handle())
+        self.kv_heads = kv.k.shape[3]
+        shares = isinstance(self.backend, DeviceBackend) and largest * self.kv_heads > SHARED_PAIRS
+        self.uneven = self._capture(largest, capture, even=False) if shares else None
         self.steps = {size: self._capture(size, capture) for size in reversed(self.sizes)}
 
     def takes(self, plan: StepPlan) -> bool:
@@ -100,6 +113,8 @@ class DecodeGraphs:
         rows = len(plan.decode_slots)
         size = self.sizes[bisect.bisect_left(self.sizes, rows)]
         step, replay = self.steps[size]
+        if self.uneven and rows * self.kv_heads > SHARED_PAIRS and not are_even(plan.decode_lens, self.kv_heads):
+            size, (step, replay) = self.sizes[-1], self.uneven
         step.changes.copy_(self._write_changes(plan, rows, size), non_blocking=True)
         lens = np.ones(size, np.int32)
         lens[:rows] = plan.decode_lens + 1
@@ -121,13 +136,13 @@ class DecodeGraphs:
         return torch.from_numpy(host)
 
     @torch.inference_mode()
-    def _capture(self, size: int, capture: Capture) -> tuple[DecodeStep, Work]:
+    def _capture(self, size: int, capture: Capture, even: bool = True) -> tuple[DecodeStep, Work]:
         max_pages, device = self.tables.page_table.shape[1], self.tables.page_table.device
         ids, positions, kv_lens = (torch.zeros(size, dtype=torch.int32, device=device) for _ in range(3))
         slot_mapping = torch.zeros(size, dtype=torch.int64, device=device)
         page_table = torch.full((size, max_pages), self.kv.num_pages, dtype=torch.int32, device=device)
         batch = ForwardBatch(ids=ids, positions=positions, slot_mapping=slot_mapping, logits_indices=None)
-        rows = decode_batch(page_table, kv_lens, self.max_seq_len)
+        rows = decode_batch(page_table, kv_lens, self.max_seq_len, even)
         changes = torch.full((3, size), -1, dtype=torch.int32, device=device)
         changes[0] = self.padding
         step = DecodeStep(changes, batch, rows, self.backend.graph_decode(rows, self.kv))
@@ -310,9 +325,10 @@ class MixedGraphs:
             logits_indices=step["logits_indices"].long(),
         )  # fmt: skip
         most = pages.shape[1] * kv.page_size
-        decodes = decode_batch(pages.index_select(0, decode_slots), step["decode_ends"], most)
+        # Any number of rows, of any lengths.
+        decodes = decode_batch(pages.index_select(0, decode_slots), step["decode_ends"], most, even=False)
         ends, starts = step["chunk_ends"], step["chunk_starts"]
-        chunks = DeviceBatch(pages.index_select(0, chunk_slots), ends, starts, inputs.tokens, most)
+        chunks = DeviceBatch(pages.index_select(0, chunk_slots), ends, starts, inputs.tokens, most, even=False)
         # 3) The layers, and a token for each row that gets one.
         hidden = self.decoder.forward(batch, static_step(self.decoder.attention, decodes, chunks, kv), kv)
         logits = self.decoder.logits(hidden, self.logits[: inputs.rows])

@@ -81,8 +81,8 @@ def test_graph_decode_follows_lengths_and_pages_written_later() -> None:
 
 
 def decode(case: Case, split: DecodeSplit, processors: int = 8) -> DecodeAttention:
-    rows = device_batch(case.rows)
-    return DecodeAttention(rows.page_table, rows.kv_lens, case.kv, Workspaces(DEVICE), processors, split)
+    rows = device_batch(case.rows, case.kv.k.shape[3])
+    return DecodeAttention(rows, case.kv, Workspaces(DEVICE), processors, split)
 
 
 @pytest.mark.parametrize("tile", [16, 64])
@@ -93,6 +93,18 @@ def test_the_split_of_tiles_does_not_change_the_result(programs: int, tile: int)
     plan = decode(case, DecodeSplit(tile, 4, 2, programs), processors=1)
     for _ in range(2):  # the second launch finds the counters as the first one did
         torch.testing.assert_close(plan.run(case.q, 0, 0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_many_rows_have_programs_of_their_own_where_none_is_far_longer_than_the_others() -> None:
+    backend = TritonAttention(DEVICE)
+
+    def shares(rows: int, longest: int) -> bool:
+        case = random_case((*(20,) * (rows - 1), longest), None, 8, 1, 16, 16, torch.float32, DEVICE)
+        plan = backend.step(device_batch(case.rows, 8), case.kv, decode=True)
+        assert isinstance(plan, DecodeAttention)
+        return plan.split.programs > 0
+
+    assert [shares(150, 20), shares(150, 40), shares(150, 60), shares(100, 20)] == [False, False, True, True]
 
 
 def test_layers_with_and_without_a_window_alternate() -> None:

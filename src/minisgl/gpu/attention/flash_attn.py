@@ -44,7 +44,7 @@ class FlashAttentionStep(PlannedAttention):
             "cu_seqlens_q": None if self.decode else rows.cu_query_lens,
             "causal": True,
             "window_size": (window - 1, 0) if window else (-1, -1),  # tokens to the left and right, -1: all
-            "num_splits": 1 if self.decode and pairs >= ONE_SPLIT_PAIRS else 0,  # 0: the library's choice
+            "num_splits": 1 if self.decode and rows.even and pairs >= ONE_SPLIT_PAIRS else 0,  # 0: the library's choice
         }
         dtype = q.dtype
         if self.kv.k.dtype == FP8:

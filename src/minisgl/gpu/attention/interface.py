@@ -17,27 +17,39 @@ from minisgl.core.kv_cache import KVCache
 from minisgl.core.plan import Int32
 from minisgl.errors import ConfigError
 
+# On an H200: up to so many pairs of row and KV head, programs always share out the work of decode rows.
+SHARED_PAIRS = 799
+# With more, each pair may have a program of its own if all hold the tokens of at least so many of the longest.
+EVEN_PAIRS = 512
+
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """Rows as kernels read them. Only the two maxima are numbers on the host."""
+    """Rows as kernels read them. Only the two maxima, and `even`, are known on the host."""
 
     page_table: Tensor  # int32 (rows, pages), contiguous; as wide as the longest row needs, or wider
     kv_lens: Tensor  # int32 (rows,)
     cu_query_lens: Tensor  # int32 (rows + 1,)
     max_query_len: int
     max_kv_len: int
+    even: bool  # of decodes: as `are_even`; otherwise programs share the work on a long row
 
 
-def device_batch(rows: SequenceBatch) -> DeviceBatch:
+def are_even(kv_lens: Int32, kv_heads: int) -> bool:
+    """Whether decode rows of these lengths, each a program for each KV head, keep a GPU busy until all are done."""
+    return kv_heads * int(kv_lens.sum()) >= EVEN_PAIRS * int(kv_lens.max())
+
+
+def device_batch(rows: SequenceBatch, kv_heads: int) -> DeviceBatch:
     longest, longest_kv = int(rows.query_lens.max()), int(rows.kv_lens.max())
-    return DeviceBatch(rows.page_table, rows.kv_lens_device, rows.cu_query_lens, longest, longest_kv)
+    even = are_even(rows.kv_lens, kv_heads)
+    return DeviceBatch(rows.page_table, rows.kv_lens_device, rows.cu_query_lens, longest, longest_kv, even)
 
 
-def decode_batch(page_table: Tensor, kv_lens: Tensor, max_kv_len: int) -> DeviceBatch:
+def decode_batch(page_table: Tensor, kv_lens: Tensor, max_kv_len: int, even: bool = True) -> DeviceBatch:
     """Rows with one query each."""
     starts = torch.arange(len(kv_lens) + 1, dtype=torch.int32, device=kv_lens.device)
-    return DeviceBatch(page_table, kv_lens, starts, 1, max_kv_len)
+    return DeviceBatch(page_table, kv_lens, starts, 1, max_kv_len, even)
 
 
 def load_library(module: str, package: str) -> ModuleType:
@@ -80,7 +92,7 @@ class DeviceBackend(ABC):
     def step(self, rows: DeviceBatch, kv: KVCache, decode: bool) -> PlannedAttention: ...
 
     def plan(self, rows: SequenceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
-        return self.step(device_batch(rows), kv, decode)
+        return self.step(device_batch(rows, kv.k.shape[3]), kv, decode)
 
     def graph_decode(self, rows: DeviceBatch, kv: KVCache) -> GraphDecode:
         return GraphDecode(self.step(rows, kv, decode=True), prepare=lambda kv_lens: None)

@@ -24,5 +24,5 @@ class TritonAttention(DeviceBackend):
 
     def step(self, rows: DeviceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
         if decode:
-            return self.decode_attention(rows.page_table, rows.kv_lens, kv, self.workspaces, self.processors)
+            return self.decode_attention(rows, kv, self.workspaces, self.processors)
         return self.prefill_attention(rows.page_table, rows.cu_query_lens, rows.kv_lens, kv)

@@ -1,10 +1,10 @@
 """Decode attention in which every program (thread block) reads the same share of the cache. Twin: `TorchAttention`.
 At the end, the kernels that begin and end a captured decode step; their test says in plain torch what they do.
 
-With many rows, each pair of row and KV head is a program. Otherwise the tiles of all rows are numbered through, and
-each program takes an equal range of them (Stream-K, Osama et al., arXiv 2301.03598): a range holds the end of one row,
-some whole rows and the start of another. The program that finishes last with its part of a split row merges the row's
-partial results. So no length of any row leaves multiprocessors idle, and one launch serves every batch.
+With many rows of like lengths, each pair of row and KV head is a program. Otherwise the tiles of all rows are numbered
+through, and each program takes an equal range of them (Stream-K, Osama et al., arXiv 2301.03598): a range holds the end
+of one row, some whole rows and the start of another. The program that finishes last with its part of a split row merges
+the row's partial results. So no length of any row leaves multiprocessors idle, and one launch serves every batch.
 
 `run_qkv` takes the QKV GEMM's output itself: it does the work of `core.ops.rope_store_kv` too. A row's new key starts
 the softmax from registers; the program that has the row's end writes it to the cache.
@@ -26,7 +26,7 @@ from minisgl.core.decoder import ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache
 from minisgl.core.ops import RopeStore
 from minisgl.core.quantization import FP8
-from minisgl.gpu.attention.interface import DeviceBatch
+from minisgl.gpu.attention.interface import SHARED_PAIRS, DeviceBatch
 from minisgl.gpu.kernels.attention import MIN_DOT, NO_WINDOW, key_value, online_softmax, softmax_weights
 from minisgl.gpu.kernels.jit import after_previous, cdiv, jit, jit_varying, launch_options, next_power_of_2
 
@@ -258,7 +258,7 @@ def _decode_kernel(
 def decode_split(pairs: int, token_bytes: int, fp8: bool = False) -> DecodeSplit:
     # The fastest measured on an H200 with pages of 16, for so many pairs of row and KV head; a token's key has
     # `token_bytes`. Five stages are two tiles in flight, seven are three, as the page ids take the first.
-    if fp8 and pairs >= 800:
+    if fp8 and pairs > SHARED_PAIRS:
         return DecodeSplit(32, 1, 5, 0) if pairs >= 1100 else DecodeSplit(64, 2, 5, 0)
     if pairs >= 1100:
         split = DecodeSplit(16, 1, 7, 0)
@@ -285,17 +285,19 @@ class Workspaces:
 class DecodeAttention(PlannedAttention):
     """Decode attention of B rows over one cache. A step starts with `begin`, or with `run` of layer 0.
 
-    page_table int32 (B, max_pages) and kv_lens int32 (B,), at least 1, are read at each launch.
+    The rows' pages int32 (B, max_pages) and lengths int32 (B,), at least 1, are read at each launch.
     """
 
     def __init__(
-        self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, workspaces: Workspaces, processors: int,
-        split: DecodeSplit | None = None,
-    ) -> None:  # fmt: skip
-        self.page_table, self.kv_lens, self.kv = page_table, kv_lens, kv
+        self, rows: DeviceBatch, kv: KVCache, workspaces: Workspaces, processors: int, split: DecodeSplit | None = None
+    ) -> None:
+        self.page_table, self.kv_lens, self.kv = rows.page_table, rows.kv_lens, kv
         self.workspaces, self.processors = workspaces, processors
         kv_heads, head_dim = kv.k.shape[3:]
-        self.split = split or decode_split(len(kv_lens) * kv_heads, head_dim * kv.k.element_size(), kv.k.dtype == FP8)
+        pairs = len(rows.kv_lens) * kv_heads
+        if not rows.even:
+            pairs = min(pairs, SHARED_PAIRS)
+        self.split = split or decode_split(pairs, head_dim * kv.k.element_size(), kv.k.dtype == FP8)
         self._starts: dict[tuple[int, bool], Tensor] = {}
         self._current: set[tuple[int, bool]] = set()
 
