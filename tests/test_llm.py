@@ -142,6 +142,28 @@ def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM) -> None:
     assert llm.generate("a", params, progress=False)[0].token_ids
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"seed": 1.5}, {"max_tokens": True}, {"min_tokens": 0.5}, {"temperature": "0"}, {"top_k": None}, {"stop": None},
+     {"stop": (5,)}, {"stop_token_ids": 5}, {"logit_bias": {"5": 1}}, {"logprobs": 1.5}, {"grammar": "x"}],
+)  # fmt: skip
+def test_a_parameter_of_the_wrong_type_is_refused_and_the_model_goes_on(llm: LLM, given: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=rf"sampling parameters: .*\.{next(iter(given))}"):
+        llm.generate("a", SamplingParams(**{"max_tokens": 2, **given}), progress=False)
+    for wrong in ({"max_tokens": 2}, None):
+        with pytest.raises(InvalidRequestError, match="sampling parameters"):
+            llm.generate("a", [wrong], progress=False)  # type: ignore[list-item]
+    assert llm.generate("a", SamplingParams(max_tokens=2), progress=False)[0].token_ids
+
+
+def test_parameters_may_be_numpys_and_any_sequences(llm: LLM) -> None:
+    given: Any = {"max_tokens": np.int64(2), "seed": np.uint8(3), "top_p": np.float32(0.5), "stop_token_ids": {7}}
+    params = SamplingParams(allowed_token_ids=np.arange(5, 9), bad_word_ids=[range(3)], **given)  # type: ignore[arg-type]
+    plain = SamplingParams(max_tokens=2, seed=3, top_p=0.5, stop_token_ids=(7,), allowed_token_ids=(5, 6, 7, 8))
+    found = [llm.generate("a", each, progress=False)[0].token_ids for each in (params, plain)]
+    assert found[0] == found[1]
+
+
 @pytest.fixture
 def _ctrl_c() -> Iterator[None]:
     """Ctrl-C as at a terminal: a process that a script put into the background ignores it, and so do its children."""

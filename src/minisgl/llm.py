@@ -11,6 +11,7 @@ from numbers import Integral
 from types import FrameType
 from typing import Any
 
+import msgspec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minisgl.build import build_engine
@@ -129,6 +130,7 @@ class LLM:
             raise InvalidRequestError("another completion is still being streamed: finish or close it first")
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        params = with_types(params)
         ids = self.text.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
         params = self.text.with_bad_words(params.validate()) if params.bad_words else params
         ids = self.model.truncate(ids, params)
@@ -204,6 +206,18 @@ def as_ids(prompt: Iterable[Any]) -> list[int]:
         return [operator.index(token) for token in prompt]
     except TypeError as error:
         raise InvalidRequestError(f"a prompt is text or token ids: {error}", param="prompt") from error
+
+
+def with_types(params: SamplingParams) -> SamplingParams:
+    """The same with numpy's values as Python's. Raises InvalidRequestError for one that is not of its field's type."""
+
+    def as_builtin(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else list(value)
+
+    try:
+        return msgspec.convert(msgspec.to_builtins(msgspec.structs.asdict(params), enc_hook=as_builtin), SamplingParams)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise InvalidRequestError(f"sampling parameters: {error}") from error
 
 
 @contextmanager
