@@ -16,7 +16,7 @@ import pytest
 from helpers.processes import BOUND, children, wait_until_gone
 from helpers.server_process import STUB, server
 from helpers.tiny_tokenizers import write_tokenizer
-from minisgl.config import Config
+from minisgl.config import Config, Machine, resolve
 from minisgl.errors import ConfigError, EngineDeadError, ModelError
 from minisgl.server import launch
 from minisgl.server.ipc import EngineSetup
@@ -67,6 +67,20 @@ def test_an_engine_that_cannot_start_ends_by_itself(tmp_path: Path) -> None:
         finally:
             engine.kill()
         assert engine.stderr.read() == b""
+
+
+def test_the_engine_gets_no_key_and_takes_the_priorities_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    setups: list[EngineSetup] = []
+
+    async def start(command: Any, setup: EngineSetup) -> None:
+        setups.append(setup)
+        raise OSError("started enough")
+
+    monkeypatch.setattr(launch, "start_process", start)
+    with pytest.raises(OSError, match="started enough"):
+        serve(Config(port=0, api_key=("secret", "other"), client_priorities=("0:9", "2=-5:9")), [])
+    assert b"secret" not in msgspec.json.encode(setups[0])
+    assert resolve(setups[0].config, Machine()).config.client_priorities == ("0:9", "2=-5:9")
 
 
 def test_waiting_for_a_slow_engine_is_told_about(
