@@ -135,6 +135,7 @@ def test_eos_is_every_id_that_any_file_names(tmp_path: Path) -> None:
         ({"num_key_value_heads": 3}, ["num_key_value_heads", "divisor"]),
         ({"head_dim": 15}, ["head_dim", "even"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"rms_norm_eps": 10**400}, ["rms_norm_eps", "a positive number"]),
         ({"rms_norm_eps": 0}, ["rms_norm_eps"]),
         ({"torch_dtype": "float8_e4m3fn"}, ["torch_dtype", "bfloat16"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantised", "gptq"]),

@@ -358,7 +358,7 @@ class Fields:
 
     def number(self, name: str, default: float = _REQUIRED) -> float:
         rule = "a positive number"
-        return float(self._read(name, default, rule, lambda x: type(x) in (int, float) and 0 < x < math.inf))
+        return float(self._read(name, default, rule, lambda x: type(x) in (int, float) and 0 < x <= 1e308))
 
     def flag(self, name: str, default: bool = _REQUIRED) -> bool:
         return bool(self._read(name, default, "true or false", lambda x: type(x) is bool))
