@@ -220,6 +220,13 @@ async def serving_app(app: ASGIApp, write_timeout: float = 30.0) -> AsyncIterato
         await running
 
 
+def test_idle_connections_are_kept_for_longer_than_clients_and_proxies_keep_them() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None: ...
+
+    # nginx and the load balancers of AWS use a connection again for up to 60 s, httpx and OpenAI's client for 5 s.
+    assert HttpServer(app, lambda: None, Config()).config.timeout_keep_alive > 60
+
+
 async def test_a_client_that_reads_on_after_a_pause_is_not_cut_off() -> None:
     sizes, resumed = (2**23, 10), asyncio.Event()
 

@@ -48,6 +48,7 @@ HEAD_LIMIT = 64 * 2**10  # bytes of the request line and the headers
 HOST = re.compile(r"([^:\[\]]+|\[[\da-f:.]+\])(:\d*)?")
 ABSOLUTE_TARGET = re.compile(rb"https?://([^/?#]+)", re.IGNORECASE)
 READ_TIMEOUT = 30.0  # seconds between two pieces of a request
+KEEP_ALIVE = 75  # s between two requests: longer than clients and proxies keep a connection, which then close it first
 BACKLOG = 2048  # connections that may wait to be accepted
 ACCEPTED_AT_ONCE = 16
 MAX_CONNECTIONS = 16384  # of a process; an idle one takes some 20 KB
@@ -313,7 +314,8 @@ class HttpServer(uvicorn.Server):
         off: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
         # asyncio accepts so many at a time: one of several processes is not to take a whole burst.
         backlog = ACCEPTED_AT_ONCE if config.api_workers == 1 and config.ssl_certfile is None else 1
-        super().__init__(uvicorn.Config(app, http=protocol, ws="none", backlog=backlog, **tls, **off))
+        options: dict[str, Any] = {"http": protocol, "ws": "none", "timeout_keep_alive": KEEP_ALIVE, **tls, **off}
+        super().__init__(uvicorn.Config(app, backlog=backlog, **options))
         self._write_timeout, self._on_listening = config.write_timeout, on_listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
