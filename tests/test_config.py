@@ -23,7 +23,7 @@ ON_THE_CPU: tuple[tuple[dict[str, Any], str], ...] = (
     ({"num_pages": 0}, "--num-pages must be at least 1"),
     ({"max_running_requests": 0}, "--max-running-requests must be at least 1"),
     ({"max_prefill_length": -1}, "--max-prefill-length must be at least 1"),
-    ({"max_seq_len_override": 0}, "--max-seq-len-override must be at least 1"),
+    ({"max_seq_len_override": 1}, "--max-seq-len-override must be at least 2"),
     *(({"memory_ratio": ratio}, "--memory-ratio must be in (0, 1]") for ratio in (0.0, 1.5)),
     ({"cuda_graph_max_bs": -1}, "--cuda-graph-max-bs must be at least 0"),
     ({"port": -1}, "--port must be between 0 and 65535"),

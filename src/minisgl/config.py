@@ -74,7 +74,7 @@ class Config:
         help="of the layers' matrices: fp8 (activations too), on the CPU int8 (the head too); default: as they are")
     device: str = setting("auto", "--device", choices=("auto", "cpu", "cuda"), help="auto: cuda when there is a GPU")
     max_seq_len_override: int | None = setting(
-        None, "--max-seq-len-override", least=1, help="tokens of prompt and output together; default: the model's own")
+        None, "--max-seq-len-override", least=2, help="tokens of prompt and output together; default: the model's own")
 
     tp: int = setting(
         1, "--tp", "--tp-size", "--tensor-parallel-size", least=1, help="tensor parallelism: GPUs that share a layer")
