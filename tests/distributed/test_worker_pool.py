@@ -1,6 +1,8 @@
 """The workers as rank 0 sees them: the messages, of which nothing else is accepted, and who was the first to fail."""
 
 import socket
+import subprocess
+import sys
 from contextlib import suppress
 from io import BytesIO
 from typing import Any
@@ -65,6 +67,12 @@ def test_the_worker_that_failed_first_is_named_and_not_who_noticed(
         for worker in workers:
             worker.link.close()
         pool.close()
+
+
+def test_workers_inherit_nothing_in_the_place_of_a_closed_stream() -> None:
+    code = "import os, minisgl.distributed.worker_pool as it; os.close(0); print(it.WorkerPool(1).start('cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout.rpartition("/")[2]) > 2
 
 
 def equal(one: object, other: object) -> bool:

@@ -15,6 +15,7 @@ from minisgl.distributed import messages
 from minisgl.distributed.collectives import TPGroup, broadcast_text
 from minisgl.distributed.messages import ShutdownWorker, ToWorker
 from minisgl.errors import ConfigError, EngineDeadError, MinisglError
+from minisgl.system import open_standard_streams
 
 WORKER_COMMAND = (sys.executable, "-m", "minisgl.distributed.worker")
 STATUS_SECONDS = 0.1  # for the exit status of a worker whose link ended
@@ -42,6 +43,7 @@ class WorkerPool:
         """Start workers as processes of this host, on "cpu" or "cuda", and wait until they run. Returns where the ranks
         find each other: a file without a name, which they inherit.
         """
+        open_standard_streams()  # a worker's own would take the places of what it inherits
         file = os.memfd_create("rendezvous")
         weakref.finalize(self, os.close, file).atexit = False  # the group opens it again until it ends
         rendezvous = f"file:///proc/self/fd/{file}"
