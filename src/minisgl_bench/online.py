@@ -175,7 +175,11 @@ class OwnServer(NamedTuple):
 
 @contextlib.contextmanager
 def own_server(flags: Sequence[str], key: str | None) -> Iterator[OwnServer]:
-    """Start `minisgl` on a free port, wait until it answers, and end it. Raises EngineDeadError when it ends itself."""
+    """Start `minisgl` on a free port, wait until it answers, and end it. Raises EngineDeadError when it ends itself,
+    ConfigError for TLS.
+    """
+    if any(flag.startswith("--ssl-") for flag in flags):
+        raise ConfigError("--serve is measured without TLS: leave --ssl-certfile out, or start a server and give --url")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "minisgl", *flags, "--host", "127.0.0.1", "--port", str(port)]
