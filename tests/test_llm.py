@@ -215,8 +215,12 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step() -> None:
 
 def test_a_closed_model_says_so() -> None:
     llm = LLM(progress=False, max_running_requests=1, num_pages=8)
+    stream = llm.stream("a", GREEDY)
+    next(stream)
     llm.close()
     llm.close()
+    with pytest.raises(EngineDeadError, match="closed"):
+        next(stream)
     for _ in range(2):
         with pytest.raises(EngineDeadError, match="closed"):
             llm.generate("a", GREEDY, progress=False)

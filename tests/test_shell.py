@@ -6,6 +6,7 @@ import io
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,3 +115,9 @@ def test_without_a_terminal_lines_come_from_standard_input() -> None:
     text, status = pexpect.run(command, withexitstatus=True, timeout=60, encoding="utf-8")
     assert SPEED.search(text)
     assert status == 0
+
+
+def test_without_standard_input_there_is_nothing_to_answer() -> None:
+    shell = f"exec {sys.executable} -m minisgl chat --max-seq-len-override 200 <&-"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.strip()) == (0, "")

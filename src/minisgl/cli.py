@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn
 from minisgl import __version__
 from minisgl.config import Config, check, debugging, flag_of, from_environment, launcher, split_words
 from minisgl.errors import ConfigError, MinisglError, did_you_mean
-from minisgl.system import print_text
+from minisgl.system import open_standard_streams, print_text
 
 # Sections of `--help`, by the first of the fields of `Config` in each.
 GROUPS: Final = {
@@ -169,6 +169,7 @@ def start(config: Config) -> int:
     if config.shell:
         from minisgl.chat import run_shell
 
+        open_standard_streams()
         run_shell(config)
     else:
         from minisgl.server.launch import serve

@@ -186,8 +186,10 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Launch the next step if there is one, and take in a result that is due.
 
-        Raises what the executor raised; the engine cannot go on after that.
+        Raises what the executor raised; the engine cannot go on after that, nor when it was closed: EngineDeadError.
         """
+        if self._dead:
+            raise EngineDeadError(self._dead)
         try:
             self._advance()
         except BaseException:
