@@ -225,7 +225,7 @@ def test_replicas_follow_the_load_up_and_down(two: Application) -> None:
     delays = {"upscale_delay_s": 1, "downscale_delay_s": 2}
     two.deploy(replicas="1:2", max_running_requests=4, **delays)
     wait_for(lambda: two.count() == 1, 2 * SECONDS)
-    answers = two.load(STREAMS, 200)
+    answers = two.load(STREAMS, 64)
     wait_for(lambda: two.count() == 2, 2 * SECONDS)
     assert Counter(each.result() for each in answers) == {(200, "length"): STREAMS}
     wait_for(lambda: two.count() == 1, 2 * SECONDS)
