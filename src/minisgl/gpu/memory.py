@@ -73,11 +73,11 @@ def group_memory(group: Path = CONTROL_GROUP) -> int:
 def graph_bytes(config: Config, spec: ModelSpec, vocab: int, dtype: torch.dtype, max_seq_len: int) -> int:
     """Bytes of all CUDA graphs that `config` asks for, on a rank with the share `spec` and `vocab` tokens of the head.
 
-    Qwen3-0.6B's decode graphs took 134 MB of an H200; this says 133.
+    Qwen3-0.6B's decode graphs took 134 MB of an H200, before there was one for uneven rows; with it this says 134.
     """
     total, item, table = 0, dtype.itemsize, 4 * -(-max_seq_len // config.page_size)  # of a row
     if rows := config.cuda_graph_max_bs:
-        total += rows * (vocab * item + token_bytes(spec, item)) + sum(graph_sizes(rows)) * table
+        total += rows * (vocab * item + token_bytes(spec, item)) + sum([*graph_sizes(rows), rows]) * table
     if tokens := piecewise_max_tokens(config):
         sizes = piecewise_sizes(tokens)
         rows = min(tokens, config.max_running_requests or tokens)
