@@ -113,8 +113,7 @@ def build_application(config: Config, scale: Scale) -> Application:
     from minisgl import ray_deployments
 
     on_gpus = config.device == "cuda" or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-    hidden = ("",) * len(config.api_key)
-    engine_config = config.replace(device="cuda" if on_gpus else "cpu", api_key=hidden, request_timeout=None)
+    engine_config = config.without_keys().replace(device="cuda" if on_gpus else "cpu", request_timeout=None)
     options: dict[str, Any] = {"ray_actor_options": {"num_cpus": config.tp}}
     if on_gpus:
         # One bundle, so that the replica's process, which starts the engine, sees all of its GPUs.

@@ -62,8 +62,7 @@ async def run(config: Config, command: Sequence[str]) -> None:
         started, shutdown = time.monotonic(), handle_signals()
         stop = shutdown.stop
         print_status(f"loading {config.model or BUNDLED_MODEL} …")
-        hidden = ("",) * len(config.api_key)  # `check` counts them
-        process = await start_process(command, ipc.EngineSetup(config.replace(api_key=hidden), folder))
+        process = await start_process(command, ipc.EngineSetup(config.without_keys(), folder))
         client = SocketEngineClient(folder, config)
         ended = asyncio.create_task(watch_engine(process, client))
         loading, status = asyncio.create_task(client.ready()), asyncio.create_task(report_status(client))
