@@ -32,7 +32,7 @@ from minisgl.gpu.attention.interface import (
     are_even,
     decode_batch,
     static_step,
-)  # fmt: skip
+)
 
 CAPTURE_MODE = "thread_local"  # other threads may query events meanwhile: they watch collectives, or collect results
 MAX_CHUNKS = 64  # of prompts in a captured step beside decodes
@@ -325,10 +325,9 @@ class MixedGraphs:
             logits_indices=step["logits_indices"].long(),
         )  # fmt: skip
         most = pages.shape[1] * kv.page_size
-        # Any number of rows, of any lengths.
         decodes = decode_batch(pages.index_select(0, decode_slots), step["decode_ends"], most, even=False)
         ends, starts = step["chunk_ends"], step["chunk_starts"]
-        chunks = DeviceBatch(pages.index_select(0, chunk_slots), ends, starts, inputs.tokens, most, even=False)
+        chunks = DeviceBatch(pages.index_select(0, chunk_slots), ends, starts, inputs.tokens, most)
         # 3) The layers, and a token for each row that gets one.
         hidden = self.decoder.forward(batch, static_step(self.decoder.attention, decodes, chunks, kv), kv)
         logits = self.decoder.logits(hidden, self.logits[: inputs.rows])

@@ -81,7 +81,7 @@ def test_graph_decode_follows_lengths_and_pages_written_later() -> None:
 
 
 def decode(case: Case, split: DecodeSplit, processors: int = 8) -> DecodeAttention:
-    rows = device_batch(case.rows, case.kv.k.shape[3])
+    rows = device_batch(case.rows)
     return DecodeAttention(rows, case.kv, Workspaces(DEVICE), processors, split)
 
 
@@ -100,7 +100,7 @@ def test_many_rows_have_programs_of_their_own_where_none_is_far_longer_than_the_
 
     def shares(rows: int, longest: int) -> bool:
         case = random_case((*(20,) * (rows - 1), longest), None, 8, 1, 16, 16, torch.float32, DEVICE)
-        plan = backend.step(device_batch(case.rows, 8), case.kv, decode=True)
+        plan = backend.plan(case.rows, case.kv, decode=True)
         assert isinstance(plan, DecodeAttention)
         return plan.split.programs > 0
 

@@ -84,7 +84,7 @@ def test_few_rows_are_multiplied_with_every_tile(tile: RowsTile, blocks: bool, h
 def test_decode_writes_and_reads_the_cache_as_rope_and_attention_do(split: DecodeSplit) -> None:
     case = random_case((300, 16, 17, 1), None, 2, 5, 128, 16, torch.bfloat16, DEVICE)
     kv = KVCache(to_fp8(case.kv.k), to_fp8(case.kv.v))
-    rows = device_batch(case.rows, case.kv.k.shape[3])
+    rows = device_batch(case.rows)
     plan = DecodeAttention(rows, kv, Workspaces(DEVICE), 132, split)
     positions = rows.kv_lens - 1
     pages = rows.page_table.gather(1, (positions // 16).long().unsqueeze(1)).squeeze(1).long()

@@ -32,7 +32,7 @@ class DeviceBatch:
     cu_query_lens: Tensor  # int32 (rows + 1,)
     max_query_len: int
     max_kv_len: int
-    even: bool  # of decodes: as `are_even`; otherwise programs share the work on a long row
+    even: bool = False  # of decodes: as `are_even`; otherwise programs share the work on a long row
 
 
 def are_even(kv_lens: Int32, kv_heads: int) -> bool:
@@ -40,9 +40,8 @@ def are_even(kv_lens: Int32, kv_heads: int) -> bool:
     return kv_heads * int(kv_lens.sum()) >= EVEN_PAIRS * int(kv_lens.max())
 
 
-def device_batch(rows: SequenceBatch, kv_heads: int) -> DeviceBatch:
+def device_batch(rows: SequenceBatch, even: bool = False) -> DeviceBatch:
     longest, longest_kv = int(rows.query_lens.max()), int(rows.kv_lens.max())
-    even = are_even(rows.kv_lens, kv_heads)
     return DeviceBatch(rows.page_table, rows.kv_lens_device, rows.cu_query_lens, longest, longest_kv, even)
 
 
@@ -92,7 +91,8 @@ class DeviceBackend(ABC):
     def step(self, rows: DeviceBatch, kv: KVCache, decode: bool) -> PlannedAttention: ...
 
     def plan(self, rows: SequenceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
-        return self.step(device_batch(rows, kv.k.shape[3]), kv, decode)
+        even = decode and are_even(rows.kv_lens, kv.k.shape[3])
+        return self.step(device_batch(rows, even), kv, decode)
 
     def graph_decode(self, rows: DeviceBatch, kv: KVCache) -> GraphDecode:
         return GraphDecode(self.step(rows, kv, decode=True), prepare=lambda kv_lens: None)
