@@ -90,7 +90,7 @@ class LLM:
         several = as_list(prompts)
         self._require_idle()
         params = SamplingParams() if sampling_params is None else sampling_params
-        each = [params] * len(several) if isinstance(params, SamplingParams) else list(params)
+        each = [with_types(params)] * len(several) if isinstance(params, SamplingParams) else [*map(with_types, params)]
         if len(each) != len(several):
             raise InvalidRequestError(f"{len(several)} prompts, but {len(each)} sampling_params")
         requests = [self._request(prompt, p) for prompt, p in zip(several, each, strict=True)]
@@ -110,7 +110,7 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[Delta, None, None]:
         """Complete one prompt, a delta a step. Closing the iterator early aborts the request."""
         self._require_idle()
-        request = self._request(prompt, sampling_params or SamplingParams())
+        request = self._request(prompt, with_types(sampling_params or SamplingParams()))
         decoder = None if self.tokenizer is None else self.tokenizer.stream(request.params, prompt=request.prompt)
         output = RequestOutput(request, decoder)
         with closing(self._steps({request.id: output})) as steps:
@@ -130,7 +130,6 @@ class LLM:
             raise InvalidRequestError("another completion is still being streamed: finish or close it first")
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        params = with_types(params)
         ids = self.text.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
         params = self.text.with_bad_words(params.validate()) if params.bad_words else params
         ids = self.model.truncate(ids, params)
