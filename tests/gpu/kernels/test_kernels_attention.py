@@ -104,7 +104,7 @@ def test_many_rows_have_programs_of_their_own_where_none_is_far_longer_than_the_
         assert isinstance(plan, DecodeAttention)
         return plan.split.programs > 0
 
-    assert [shares(150, 20), shares(150, 40), shares(150, 60), shares(100, 20)] == [False, False, True, True]
+    assert [shares(150, 20), shares(150, 90), shares(150, 110), shares(100, 20)] == [False, False, True, True]
 
 
 def test_layers_with_and_without_a_window_alternate() -> None:

@@ -20,7 +20,7 @@ from minisgl.errors import ConfigError
 # On an H200: up to so many pairs of row and KV head, programs always share out the work of decode rows.
 SHARED_PAIRS = 799
 # With more, each pair may have a program of its own if all hold the tokens of at least so many of the longest.
-EVEN_PAIRS = 512
+EVEN_PAIRS = 256
 
 
 @dataclass(frozen=True)
