@@ -6,6 +6,7 @@ The largest step is run to see what activations take; what graphs take is comput
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -181,7 +182,7 @@ def _forward_peak(config: Config, decoder: Decoder, max_seq_len: int) -> int:
     runner = ModelRunner(decoder, kv, rows, max_seq_len, device)
     if max_seq_len >= WARM_UP_TOKENS:
         with _compiling(config, decoder):
-            warm_up(runner, rows)
+            warm_up(ModelRunner(_first_and_last(decoder, max_seq_len), kv, rows, max_seq_len, device), rows)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     present = torch.cuda.memory_allocated(device)
@@ -191,6 +192,15 @@ def _forward_peak(config: Config, decoder: Decoder, max_seq_len: int) -> int:
     del runner, kv
     torch.cuda.empty_cache()
     return peak
+
+
+def _first_and_last(decoder: Decoder, max_seq_len: int) -> Decoder:
+    """A decoder of these layers alone, whose kernels are those of all layers."""
+    spec, weights = decoder.spec, decoder.weights
+    kept = sorted({0, spec.num_layers - 1})
+    spec = dataclasses.replace(spec, num_layers=len(kept), windows=tuple(spec.windows[index] for index in kept))
+    weights = dataclasses.replace(weights, layers=[weights.layers[index] for index in kept])
+    return Decoder(spec, weights, decoder.attention, max_seq_len, decoder.ops)
 
 
 def warm_up(runner: ModelRunner, rows: int) -> None:
