@@ -31,7 +31,7 @@ def reserved(spec: ModelSpec, **settings: Any) -> int:
     [
         ({"cuda_graph_max_bs": 256}, 128),
         ({"cuda_graph_max_bs": 64}, 27),
-        ({"cuda_graph_max_bs": 256, "page_size": 1}, 816),
+        ({"cuda_graph_max_bs": 256, "page_size": 1}, 608),
         ({"cuda_graph_max_bs": 256, "page_size": 256}, 103),
     ],
 )

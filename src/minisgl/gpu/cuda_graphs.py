@@ -34,7 +34,7 @@ from minisgl.gpu.attention.interface import (
     static_step,
 )
 
-CAPTURE_MODE = "thread_local"  # other threads may query events meanwhile: they watch collectives, or collect results
+CAPTURE_MODE = "relaxed"  # kernels may be loaded meanwhile, and other threads may query events
 MAX_CHUNKS = 64  # of prompts in a captured step beside decodes
 FEW_CHUNKS = 8  # in one without: logits for 256 rows, and decode attention for none, take 0.3 ms on an H200
 ALONE_TOKENS = 512  # up to which that matters: a prompt on an idle server
@@ -44,8 +44,13 @@ Work = Callable[[], object]
 Capture = Callable[[Work], Work]  # makes of some work what repeats it
 
 
+def done_once(work: Work) -> Work:
+    """Libraries start, and workspaces appear, when the largest step is done for the first time, before any capture."""
+    work()
+    return work
+
+
 def captured(pool: Any, work: Work) -> Work:
-    """What replays the work, which has run before, so that it is compiled."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode=CAPTURE_MODE):
         work()
@@ -59,8 +64,8 @@ def host_buffers(count: int, device: torch.device) -> Iterator[Tensor]:
 
 
 def graph_sizes(largest: int) -> list[int]:
-    """Batch sizes to capture: 1, 2, 4, then every eighth, and `largest` itself; never more than it."""
-    sizes = {1, 2, 4, *range(8, largest + 1, 8), largest}
+    """Batch sizes to capture: 1, 2, 4, each eighth to 128, each sixteenth beyond, and `largest`; none above it."""
+    sizes = {1, 2, 4, *range(8, 128, 8), *range(128, largest + 1, 16), largest}
     return sorted(size for size in sizes if size <= largest)
 
 
@@ -99,6 +104,7 @@ class DecodeGraphs:
         self._hosts = host_buffers(3 * largest, head.device)
         capture = capture or partial(captured, torch.cuda.graph_pool_handle())
         self.kv_heads = kv.k.shape[3]
+        self._capture(largest, done_once, even=False)
         shares = isinstance(self.backend, DeviceBackend) and largest * self.kv_heads > SHARED_PAIRS
         self.uneven = self._capture(largest, capture, even=False) if shares else None
         self.steps = {size: self._capture(size, capture) for size in reversed(self.sizes)}
@@ -148,7 +154,8 @@ class DecodeGraphs:
         step = DecodeStep(changes, batch, rows, self.backend.graph_decode(rows, self.kv))
         step.attention.prepare(np.ones(size, np.int32))
         work = partial(self._step, step)
-        work()  # compiles what is not yet compiled
+        if not isinstance(self.backend, DeviceBackend):
+            work()  # a first run plans
         return step, capture(work)
 
     def _step(self, step: DecodeStep) -> None:
@@ -273,6 +280,7 @@ class MixedGraphs:
         self.buffer = torch.zeros(most, dtype=torch.int32, device=device)
         self._hosts = host_buffers(most, device)
         capture = capture or partial(captured, torch.cuda.graph_pool_handle())
+        self._capture(inputs[-1], done_once)
         self.steps = [(each, self._capture(each, capture)) for each in reversed(inputs)][::-1]
 
     def takes(self, plan: StepPlan) -> bool:
@@ -303,9 +311,7 @@ class MixedGraphs:
         host = next(self._hosts)[: inputs.size]
         inputs.write(host.numpy(), StepPlan(step=0), self.padding, self.kv.num_pages)
         self.buffer[: inputs.size].copy_(host)
-        work = partial(self._step, inputs, inputs.views(self.buffer))
-        work()  # compiles what is not yet compiled
-        return capture(work)
+        return capture(partial(self._step, inputs, inputs.views(self.buffer)))
 
     def _step(self, inputs: MixedInputs, step: dict[str, Tensor]) -> None:
         tables, kv, pages = self.tables, self.kv, self.tables.page_table
@@ -379,6 +385,7 @@ class PiecewiseGraphs:
         self.heads = torch.zeros_like(self.queries)
         self.sizes = piecewise_sizes(largest)
         capture = capture or partial(captured, torch.cuda.graph_pool_handle())
+        self._capture(largest, done_once)
         # A step, and the replay of each of its parts.
         self.steps = {size: self._capture(size, capture) for size in reversed(self.sizes)}
 
@@ -408,6 +415,4 @@ class PiecewiseGraphs:
         batch = ForwardBatch(ids=ids, positions=positions, slot_mapping=slot_mapping, logits_indices=slot_mapping[:0])
         step = SplitStep(self.decoder, batch, self.kv, self.queries[:size], self.heads[:size])
         parts = [partial(step.part, index) for index in range(self.decoder.spec.num_layers)]
-        for part in parts[:2]:  # compiles what is not yet compiled
-            part()
         return step, [capture(part) for part in parts]

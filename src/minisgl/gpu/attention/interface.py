@@ -64,7 +64,7 @@ class GraphDecode:
     """Decode attention over static tensors, for one CUDA graph.
 
     `attention` is what to capture. It reads the static tensors alone. Layer 0 begins a step, and the layers follow in
-    order. Run it once before the capture, after a `prepare`: kernels compile and workspaces appear then.
+    order. Run it once before the capture, after a `prepare`; of a `DeviceBackend` only the largest: workspaces appear.
     """
 
     attention: PlannedAttention

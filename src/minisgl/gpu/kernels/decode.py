@@ -269,17 +269,26 @@ def decode_split(pairs: int, token_bytes: int, fp8: bool = False) -> DecodeSplit
 
 
 class Workspaces:
-    """Buffers for partial results, allocated once for each shape and shared by all steps of one stream."""
+    """Buffers shared by all steps of one stream. Graphs know their addresses, so they are kept."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._buffers: dict[tuple[torch.dtype, tuple[int, ...]], Tensor] = {}
+        self._partial: dict[tuple[int, ...], Tensor] = {}
+        self._counters: list[Tensor] = []
 
-    def get(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        """A buffer of zeros when it is new, afterwards with what the last launch left in it."""
-        if (dtype, shape) not in self._buffers:
-            self._buffers[dtype, shape] = torch.zeros(shape, dtype=dtype, device=self.device)
-        return self._buffers[dtype, shape]
+    def partial(self, *shape: int) -> Tensor:
+        """float32 of this shape, for what one launch writes and reads."""
+        if shape not in self._partial:
+            self._partial[shape] = torch.empty(shape, dtype=torch.float32, device=self.device)
+        return self._partial[shape]
+
+    def counters(self, count: int) -> Tensor:
+        """At least so many int32, zero between launches. A capture finds them only if as many were asked for before."""
+        enough = next((counters for counters in self._counters if len(counters) >= count), None)
+        if enough is None:
+            enough = torch.zeros(next_power_of_2(count), dtype=torch.int32, device=self.device)
+            self._counters.append(enough)
+        return enough
 
 
 class DecodeAttention(PlannedAttention):
@@ -331,10 +340,9 @@ class DecodeAttention(PlannedAttention):
         starts = arrived = self.kv_lens
         if not whole:
             # A program's up to two partial results, and the log2 of their softmax sums.
-            partial = self.workspaces.get(torch.float32, kv_heads, programs, 2, group, head_dim)
-            log_sums = self.workspaces.get(torch.float32, kv_heads, programs, 2, group)
-            # Partial results written of each row and KV head: zero between launches.
-            arrived = self.workspaces.get(torch.int32, next_power_of_2(rows * kv_heads))
+            partial = self.workspaces.partial(kv_heads, programs, 2, group, head_dim)
+            log_sums = self.workspaces.partial(kv_heads, programs, 2, group)
+            arrived = self.workspaces.counters(rows * kv_heads)  # partial results written of each row and KV head
             starts = self._tiles(window, rope is not None)
         q_norm, k_norm, eps, cos_sin = (None, None, 0.0, None) if rope is None else rope[1:5]
         _decode_kernel[(kv_heads, programs)](
