@@ -11,13 +11,15 @@ import torch
 from helpers.driver import CPU, Driver
 from helpers.gpu import SPEC, build, gpu_config, graph_driver, random_prompts, random_weights, require
 from helpers.tp_cases import SPECS
-from minisgl.core.attention import Attention, TorchAttention
+from minisgl.core.attention import Attention, PlannedAttention, TorchAttention
+from minisgl.core.kv_cache import KVCache
 from minisgl.core.model_config import ModelSpec, Moe
 from minisgl.core.model_runner import ModelRunner
 from minisgl.core.types import Request, SamplingParams
 from minisgl.core.weights import dummy_weights
 from minisgl.gpu import cuda_graphs
 from minisgl.gpu.attention import interface
+from minisgl.gpu.attention.interface import DeviceBatch, GraphDecode
 from minisgl.gpu.attention.triton import TritonAttention
 from minisgl.gpu.cuda_graphs import Capture, DecodeGraphs, MixedGraphs, PiecewiseGraphs, Work, piecewise_sizes
 from minisgl.gpu.kernels.attention import merge_rows
@@ -178,6 +180,46 @@ def test_decodes_of_which_one_is_far_longer_have_a_graph_that_shares_its_work(mo
     assert [(len(step.rows.kv_lens), step.rows.even) for step in steps] == [
         (2, True), (4, False), (1, True), (4, False), (2, True),
     ]  # fmt: skip
+
+
+class PlansFirst(PlannedAttention):
+    """Attention whose first run cannot be captured, as FlashInfer's."""
+
+    def __init__(self, step: PlannedAttention, capturing: list[bool]) -> None:
+        self.step, self.capturing, self.planned = step, capturing, False
+
+    def run(self, q: torch.Tensor, layer: int, window: int) -> torch.Tensor:
+        assert self.planned or not self.capturing
+        self.planned = True
+        return self.step.run(q, layer, window)
+
+
+class PlansFirstBackend(TorchAttention):
+    def __init__(self, capturing: list[bool]) -> None:
+        self.capturing = capturing
+
+    def graph_decode(self, rows: DeviceBatch, kv: KVCache) -> GraphDecode:
+        step = TritonAttention(CPU).step(rows, kv, decode=True)
+        return GraphDecode(PlansFirst(step, self.capturing), lambda kv_lens: None)
+
+
+def test_what_steps_share_is_there_before_a_capture() -> None:
+    spec = SPECS["qwen3"]
+    runner = Driver(spec, dummy_weights(spec, torch.float32, CPU)).runner
+    shared, capturing = TritonAttention(CPU), list[bool]()
+
+    def capture(work: Work) -> Work:
+        capturing.append(True)
+        before = list(shared.workspaces._counters)
+        work()
+        assert shared.workspaces._counters == before
+        capturing.clear()
+        return work
+
+    for backend in (shared, PlansFirstBackend(capturing)):
+        runner.decoder.attention = Attention(TorchAttention(), backend)
+        assert list(DecodeGraphs(runner.decoder, runner.kv, runner.tables, 4, 256, capture).steps) == [4, 2, 1]
+    assert len(shared.workspaces._counters) == 1
 
 
 def test_capturing_writes_to_scratch_alone() -> None:
