@@ -164,7 +164,7 @@ engine.close()
 # %% [markdown]
 # ## A policy of your own
 #
-# A policy is a class in a file of yours. This one takes the shortest prompts first, but whoever has waited longer than
+# A policy is a class in a file of yours. This one takes the shortest prompts first, but what has waited longer than
 # `patience` seconds goes before them, the oldest first. Change it, and run the next two cells again.
 
 # %%

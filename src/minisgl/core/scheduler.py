@@ -5,8 +5,8 @@ A step decodes every running request and, beside them, prefills chunks of prompt
 they run out, a request is retracted (preempted): it gives back its row and pages, keeps its place in the queue, and is
 prefilled again later, mostly from the prefix cache.
 
-Who ends or is retracted gives its row and pages back at once, though a launched step may still write there: steps are
-executed in order, so whoever gets them reads what its own steps have written. What that step samples is dropped.
+A request that ends or is retracted gives its row and pages back at once, though a launched step may still write there:
+steps are executed in order, so the next owner reads what its own steps have written. What that step samples is dropped.
 
 A policy says whose prompts go on, who is retracted first, and who gives way to a waiting request. First come, first
 served retracts the last by (priority, arrival), and for a waiting request only those of strictly worse priority. So no
