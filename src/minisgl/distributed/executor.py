@@ -5,7 +5,6 @@ All sample the same tokens; only rank 0's are fetched. Plans are sent while the 
 
 import atexit
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from minisgl.config import Config, Launcher
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.plan import Masks, StepPlan, StepResult
-from minisgl.core.weights import TORCH_DTYPES, Progress
+from minisgl.core.weights import Progress
 from minisgl.distributed.collectives import TPGroup, join_group
 from minisgl.distributed.messages import FinishStep, LaunchStep, LoadModel
 from minisgl.distributed.operations import select_collectives
@@ -25,6 +24,7 @@ from minisgl.gpu.attention.select import available_backends, capability, choose
 from minisgl.gpu.executor import RankShare, attention_shape, build_local_executor
 from minisgl.gpu.memory import require_pages_fit
 from minisgl.gpu.operations import operations_for
+from minisgl.system import flush_standard_streams
 
 
 class GroupExecutor:
@@ -68,8 +68,7 @@ class GroupExecutor:
 
 
 def exit_at_once() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_standard_streams()
     os._exit(1)
 
 
@@ -94,27 +93,26 @@ def build_group_executor(
     workers = WorkerPool(config.tp)
     if on_failure is not None:
         workers.on_failure(on_failure)
-    joined: TPGroup | None = None
+    group: TPGroup | None = None
     try:
         with workers.name_the_cause():
             if launched is None:
                 rendezvous = workers.start(config.device)
                 workers.send(load)
-                joined = join_group(0, config.tp, rendezvous, device)
+                group = join_group(0, config.tp, rendezvous, device)
             else:
-                joined = join_group(0, config.tp, "env://", device, launched.one_host)
-                workers.accept(joined)
+                group = join_group(0, config.tp, "env://", device, launched.one_host)
+                workers.accept(group)
                 workers.send(load)
-            workers.on_failure(joined.collectives.abort)
-            local, group, note = build_rank_executor(config, folder, spec, max_seq_len, joined, progress, workers.check)
-            joined.barrier()  # every rank is ready
+            workers.on_failure(group.abort)
+            local, note = build_rank_executor(config, folder, spec, max_seq_len, group, progress, workers.check)
+            group.barrier()  # every rank is ready
     except BaseException:
         workers.close(force=True)
-        if joined is not None:
-            joined.collectives.abort()
-            joined.collectives.close()
+        if group is not None:
+            group.abort()
+            group.collectives.close()
         raise
-    workers.on_failure(group.collectives.abort)
     local.attention_choice = local.attention_choice.replace("as asked for", choice.why)
     return GroupExecutor(local, group, workers, note)
 
@@ -122,16 +120,13 @@ def build_group_executor(
 def build_rank_executor(
     config: Config, folder: Path, spec: ModelSpec, max_seq_len: int, group: TPGroup,
     progress: Progress | None = None, alive: Callable[[], None] | None = None,
-) -> tuple[LocalExecutor, TPGroup, str]:  # fmt: skip
-    """One rank's executor over its share of the model, the group with its collectives, and a line that names them.
-
-    Every rank calls this.
-    """
+) -> tuple[LocalExecutor, str]:  # fmt: skip
+    """One rank's executor over its share of the model, and a line that names its collectives; every rank calls this."""
     ops = operations_for(torch.device(config.device), spec.hidden_size)
-    group, operations, note = select_collectives(config, group, spec, ops, TORCH_DTYPES[config.dtype])
+    operations, note = select_collectives(config, group, spec, ops)
     sliced = sharder(spec, group.rank, group.size)
     share = RankShare(local_spec(spec, group.size), sliced, operations, group.least)
-    return build_local_executor(config, folder, spec, max_seq_len, progress, share, alive), group, note
+    return build_local_executor(config, folder, spec, max_seq_len, progress, share, alive), note
 
 
 def use_device(device: torch.device, ranks: int) -> None:

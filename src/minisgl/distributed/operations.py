@@ -15,37 +15,35 @@ from minisgl.core.model_config import ModelSpec
 from minisgl.core.ops import Operations
 from minisgl.core.quantization import Weight
 from minisgl.core.sampler import SamplingRows
+from minisgl.core.weights import TORCH_DTYPES
 from minisgl.distributed.collectives import Collectives, TPGroup, attempt, select_nccl
 from minisgl.distributed.shard import VocabShard, vocab_shard
 from minisgl.errors import ConfigError
 
 
-def select_collectives(
-    config: Config, group: TPGroup, spec: ModelSpec, ops: Operations, dtype: torch.dtype
-) -> tuple[TPGroup, Operations, str]:
-    """The fastest collectives that pass their check on every rank, for the whole model `spec`. `ops`: one device's.
+def select_collectives(config: Config, group: TPGroup, spec: ModelSpec, ops: Operations) -> tuple[Operations, str]:
+    """Give the group the fastest collectives that pass their check on every rank, for the whole model `spec`.
 
-    Returns the group with them, the operations that use them, and a line that names them. Raises ConfigError when what
-    `config.all_reduce` names does not work here.
+    Returns one device's `ops` with them, and a line that names them. Raises ConfigError when what `config.all_reduce`
+    names does not work here.
     """
     shard = vocab_shard(spec.vocab_size, group.rank, group.size)
     if config.device == "cpu":
-        return group, parallel_operations(ops, group, shard), "gloo"
+        return parallel_operations(ops, group, shard), "gloo"
     device = torch.device("cuda", torch.cuda.current_device())
-    group, note = select_nccl(group, device, config.disable_pynccl)
+    group.collectives, note = select_nccl(group, device, config.disable_pynccl)
     plain = parallel_operations(ops, group, shard)
     if config.all_reduce == "nccl":
-        return group, plain, note
+        return plain, note
     from minisgl.distributed.fused import MAX_ROWS, fused_parallel_operations  # needs triton, which only GPUs do
 
-    fused, why = attempt(
-        group, lambda: fused_parallel_operations(plain, ops, group, spec.hidden_size, shard, dtype, device)
-    )
+    dtype, hidden = TORCH_DTYPES[config.dtype], spec.hidden_size
+    fused, why = attempt(group, lambda: fused_parallel_operations(plain, ops, group, hidden, shard, dtype, device))
     if fused is not None:
-        return group, fused, f"fused with the norm up to {MAX_ROWS} tokens, beyond {note}"
+        return fused, f"fused with the norm up to {MAX_ROWS} tokens, beyond {note}"
     if config.all_reduce == "fused":
         raise ConfigError(f"--all-reduce fused does not work here: {why}")
-    return group, plain, f"{note}; not fused with the norm: {why}"
+    return plain, f"{note}; not fused with the norm: {why}"
 
 
 def parallel_operations(ops: Operations, group: TPGroup, shard: VocabShard) -> Operations:
