@@ -75,8 +75,8 @@ def test_a_trace_has_every_row_of_every_step(tmp_path: Path) -> None:
         mine = Counter(e["name"].split(" ")[0] for e in spans if e["args"]["step"] == plan.step)
         assert (mine["decode"], mine["prompt"]) == (len(plan.decode_slots), len(plan.prefill_slots))
     instants = Counter(e["name"].split(",")[0] for e in events if e["ph"] == "i")
-    assert instants["retracted"] == engine.scheduler.retracted > 0
-    assert instants["admitted"] == 6 + engine.scheduler.retracted
+    assert instants["retracted"] == engine.scheduler.counts.retracted > 0
+    assert instants["admitted"] == 6 + engine.scheduler.counts.retracted
     assert instants["end: length"] == 6
     assert "admitted, 20 tokens cached" in {e["name"] for e in events}
 
