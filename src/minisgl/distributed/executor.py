@@ -58,18 +58,14 @@ class GroupExecutor:
         if self._workers.broken and self.local.device.type == "cuda":
             self._workers.close()
             # Kernels may wait for ever for the rank that is gone, and freeing their memory would wait for them.
-            atexit.register(exit_at_once)
+            atexit.register(os._exit, 1)
+            atexit.register(flush_standard_streams)  # the last one registered is called first
             return
         try:
             self.local.close()
         finally:
             self._workers.close()
             self._group.collectives.close()
-
-
-def exit_at_once() -> None:
-    flush_standard_streams()
-    os._exit(1)
 
 
 def build_group_executor(
