@@ -27,6 +27,7 @@ PIECEWISE_TOKENS = 2048
 HOST_PATTERN = r"\*|(\*\.)?[\w.-]+|\[[\da-fA-F:.]+\]"
 MAX_SECONDS = 366 * 86400.0
 MAX_PORT = 65535
+SURROGATE = re.compile(r"[\ud800-\udfff]")  # what Python makes of bytes on the command line that are not UTF-8
 
 
 def setting(
@@ -301,6 +302,8 @@ def check(config: Config) -> None:
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata["choices"]
         least, most = field.metadata["least"], field.metadata["most"]
+        if any(SURROGATE.search(str(word)) for word in (value if isinstance(value, tuple) else [value])):
+            raise ConfigError(f"{flag_of(field.name)} is not text in UTF-8")
         if choices:
             rules[field.name] = value is None or value in choices, f"one of {', '.join(choices)}"
         elif least is not None and value is not None:
