@@ -21,8 +21,7 @@ from minisgl.core.model_config import ModelSpec
 from minisgl.core.ops import Operations
 from minisgl.distributed import fused
 from minisgl.distributed.collectives import TPGroup, join_group
-from minisgl.distributed.executor import build_rank_executor
-from minisgl.distributed.operations import parallel_operations
+from minisgl.distributed.executor import build_rank_executor, parallel_operations
 from minisgl.distributed.shard import vocab_shard
 from minisgl.gpu.kernels import all_reduce, sharded_sampling
 from minisgl.gpu.kernels.sharded_sampling import ShardedSampling
