@@ -113,8 +113,8 @@ class NcclCollectives:
         return out
 
     def abort(self) -> None:
-        self._communicator.abort()
         self._base.abort()
+        self._communicator.abort()
 
     def close(self) -> None:
         self._communicator.destroy()

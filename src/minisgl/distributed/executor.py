@@ -129,8 +129,7 @@ def build_rank_executor(
     """One rank's executor over its share of the model, and a line that names its collectives; every rank calls this."""
     ops = operations_for(torch.device(config.device), spec.hidden_size)
     operations, note = select_collectives(config, group, spec, ops)
-    sliced = sharder(spec, group.rank, group.size)
-    share = RankShare(local_spec(spec, group.size), sliced, operations, group.least)
+    share = RankShare(local_spec(spec, group.size), sharder(spec, group.rank, group.size), operations, group.least)
     return build_local_executor(config, folder, spec, max_seq_len, progress, share, alive), note
 
 

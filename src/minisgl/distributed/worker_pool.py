@@ -161,11 +161,12 @@ class WorkerPool:
     def _fail(self, failure: MinisglError) -> None:
         """End the other workers, which may wait in a collective for ever; then tell, which may end this process."""
         with self._lock:
-            if self._closing or self.broken:
+            if self._closing or self.broken or self._failure.running():
                 return
+            self._failure.set_running_or_notify_cancel()  # so that only the first one is told
             log.error("%s", failure.message)
             self._abandon()
-            self._failure.set_result(failure)
+        self._failure.set_result(failure)
 
     def _abandon(self) -> None:
         """Kill the workers; those of other hosts end with their links."""
