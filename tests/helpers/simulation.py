@@ -1,5 +1,6 @@
 """An engine over a simulated device, and what each request must get from it."""
 
+import gc
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -49,11 +50,13 @@ def calls(work: Callable[..., object], *arguments: object) -> int:
         count += event in ("call", "c_call")
 
     before = sys.getprofile()
+    gc.disable()  # which may call functions of its own
     sys.setprofile(profile)
     try:
         work(*arguments)
     finally:
         sys.setprofile(before)
+        gc.enable()
     return count
 
 
