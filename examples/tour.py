@@ -124,7 +124,7 @@ for number, name in enumerate("EFGHIJ"):
 while engine.has_work:
     engine.step()
     if engine.scheduler.step % 20 == 0:
-        print(map_pages(engine), f"{len(engine.scheduler.waiting)} wait, {engine.scheduler.retracted} were retracted")
+        print(map_pages(engine), f"{len(engine.scheduler.waiting)} wait, {engine.stats().retracted} were retracted")
 print(map_pages(engine), "at the end")
 
 # %% [markdown]

@@ -1,6 +1,7 @@
 """The configuration: what is refused, what is filled in, what the environment says."""
 
 import dataclasses
+import os
 import re
 from typing import Any
 
@@ -45,6 +46,11 @@ ON_THE_CPU: tuple[tuple[dict[str, Any], str], ...] = (
     ),
     ({"client_priorities": ("0:1", "2=0:1"), "api_key": ("a",)}, "--client-priorities: there are 1 keys in --api-key"),
     *(({"attn": attn}, "--attn must be auto") for attn in ("fa,", "auto,fa")),
+    *(
+        ({name: os.fsdecode(b"/models/\xff.py")}, f"{flag} is not text in UTF-8\n")
+        for name, flag in (("model", "--model"), ("schedule_policy", "--schedule-policy"), ("record", "--record"))
+    ),
+    ({"served_model_name": ("good", os.fsdecode(b"\xff"))}, "--served-model-name is not text in UTF-8\n"),
     ({"attn": "cudnn"}, "fa, fi, trtllm, triton, torch"),
 )
 REFUSED = [

@@ -26,6 +26,8 @@ CPU_PREFILL_LENGTH = 512
 PIECEWISE_TOKENS = 2048
 HOST_PATTERN = r"\*|(\*\.)?[\w.-]+|\[[\da-fA-F:.]+\]"
 MAX_SECONDS = 366 * 86400.0
+MAX_PORT = 65535
+SURROGATE = re.compile(r"[\ud800-\udfff]")  # what Python makes of bytes on the command line that are not UTF-8
 
 
 def setting(
@@ -53,6 +55,12 @@ class KVEventsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     buffer_steps: Annotated[int, msgspec.Meta(ge=1)] = 10_000
     hwm: Annotated[int, msgspec.Meta(ge=1)] = 1_000
     encoding: Literal["map", "array"] = "map"
+
+    def __post_init__(self) -> None:
+        for endpoint in filter(None, (self.endpoint, self.replay_endpoint)):
+            port = re.search(r"(?a)^tcp://.*:(\d+)$", endpoint)
+            if port and int(port[1]) > MAX_PORT:  # which ZeroMQ takes modulo 2 ** 16
+                raise ValueError(f"{endpoint}: a port is at most {MAX_PORT}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +136,7 @@ class Config:
         None, "--record", help="file for arrivals, lengths and hashes of prompts, no text; `bench` replays it")
 
     host: str = setting("127.0.0.1", "--host", help="address that the server listens on")
-    port: int = setting(1919, "--port", least=0, most=65535, help="port that the server listens on; 0: any free one")
+    port: int = setting(1919, "--port", least=0, most=MAX_PORT, help="port that the server listens on; 0: any free one")
     served_model_name: tuple[str, ...] = setting(
         (), "--served-model-name", help="model names that clients may use, answers have the first; default: --model")
     api_workers: int = setting(
@@ -294,6 +302,8 @@ def check(config: Config) -> None:
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata["choices"]
         least, most = field.metadata["least"], field.metadata["most"]
+        if any(SURROGATE.search(str(word)) for word in (value if isinstance(value, tuple) else [value])):
+            raise ConfigError(f"{flag_of(field.name)} is not text in UTF-8")
         if choices:
             rules[field.name] = value is None or value in choices, f"one of {', '.join(choices)}"
         elif least is not None and value is not None:

@@ -4,13 +4,14 @@ A specification is `lpm`, `lpm:patience=5` or `examples/srpt.py:Shortest:aging=5
 """
 
 import ctypes
+import inspect
 import itertools
 import json
 import logging
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from importlib.machinery import SourceFileLoader
@@ -34,6 +35,7 @@ from minisgl.errors import ConfigError
 T = TypeVar("T")
 TRIAL_SECONDS = 10.0
 TRIAL_STEPS = 2000
+BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +94,29 @@ def construct(spec: str, shipped: Mapping[str, Callable[..., T]], group: str, ba
         maker = points[0].load()
     if not (isinstance(maker, type) and issubclass(maker, base)):
         raise ConfigError(f"it is no subclass of {base.__module__}.{base.__name__}")
+    return maker(**read_parameters(inspect.signature(maker), rest))
+
+
+def read_parameters(signature: inspect.Signature, words: Iterable[str]) -> dict[str, Any]:
+    """The parameters that are written in `words`, of which a signature must take each and lack none."""
+    takes = {name: taken for name, taken in signature.parameters.items() if taken.kind in BY_NAME}
+    takes_all = any(taken.kind is taken.VAR_KEYWORD for taken in signature.parameters.values())
     parameters: dict[str, Any] = {}
-    for name, equals, text in (part.partition("=") for part in rest):
+    for name, equals, text in (word.partition("=") for word in words):
         if not equals:
             raise ConfigError(f"a parameter is written name=value, not {name!r}")
+        if name not in takes and not takes_all:
+            raise ConfigError(f"it has no parameter {name}: it takes {', '.join(takes) or 'none'}")
         try:
             parameters[name] = json.loads(text)  # a number, true, false or null
         except ValueError:
             parameters[name] = text
-    return maker(**parameters)
+        is_number = name in takes and type(takes[name].default) in (int, float)
+        if is_number and not isinstance(parameters[name], (int, float)):
+            raise ConfigError(f"{name} takes a number, not {text!r}")
+    if missing := [name for name, taken in takes.items() if taken.default is taken.empty and name not in parameters]:
+        raise ConfigError(f"it needs a value for {', '.join(missing)}")
+    return parameters
 
 
 def load_file(path: str) -> Any:

@@ -230,12 +230,9 @@ class CompletionStream(asyncio.Protocol):
 
 def decode(data: bytes) -> dict[str, Any]:
     try:
-        value: dict[str, Any] = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"an event is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError("an event is not a JSON object")
-    return value
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ValueError(f"an event is not JSON, or no object: {error}") from error
 
 
 def has_token(event: Mapping[str, Any]) -> bool:

@@ -71,10 +71,10 @@ class CollectivesRank:
 
     def time_gpu_collectives(self) -> None:
         nccl, note = select_nccl(self.group, self.device, disable_pynccl=False)
-        if nccl is self.group:
+        if nccl is self.group.collectives:
             self.print(note)
         else:
-            self.time("all-reduce: nccl4py", partial(self.all_reduce, nccl.collectives.all_reduce))
+            self.time("all-reduce: nccl4py", partial(self.all_reduce, nccl.all_reduce))
         ops, all_reduce = operations_for(self.device, self.hidden), self.group.collectives.all_reduce
 
         def all_reduce_then_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Any:

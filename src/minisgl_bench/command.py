@@ -289,7 +289,7 @@ def simulate(arguments: Sequence[str]) -> int:
         chosen = dict(zip(grid, values, strict=True))
         configs.append((chosen, config_from(parser, argparse.Namespace(**chosen))))
     options = argparse.Namespace(**{**defaults, **said})
-    run = importlib.import_module("minisgl_bench.simulate").run
+    run = importlib.import_module("minisgl_bench.simulation").run
     return guarded(lambda: int(run(configs, options, arguments)))
 
 

@@ -92,14 +92,9 @@ def visible(lengths: NDArray[np.int64], windows: Sequence[int]) -> int:
 
 
 def roofline(
-    spec: ModelSpec,
-    workload: Workload,
-    running: int,
-    itemsize: int,
-    peak: PeakRates,
-    fp8: bool = False,
+    spec: ModelSpec, workload: Workload, running: int, itemsize: int, peak: PeakRates, fp8: bool = False,
     kv_itemsize: int = 0,
-) -> Roofline:
+) -> Roofline:  # fmt: skip
     """The least time of a workload without shared prefixes, `running` requests at a time, `itemsize` bytes a weight.
 
     With `fp8` the layers' matrices have one byte and twice the flops. `kv_itemsize` is of the cache, if another.

@@ -20,7 +20,7 @@ def events_of(
     while engine.has_work:
         yield from engine.step()
         going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
-        if going and engine.scheduler.retracted < retractions and engine.scheduler.step % every == every - 1:
+        if going and engine.scheduler.counts.retracted < retractions and engine.scheduler.step % every == every - 1:
             engine.scheduler.retract_last()
     check_cache(engine.cache)
 
@@ -30,8 +30,8 @@ def check_promises(engine: Engine) -> None:
     scheduler, make_room = engine.scheduler, engine.scheduler._make_room
 
     def checking(step: StepDraft, first: RequestState | None) -> None:
-        before = scheduler.retracted
+        before = scheduler.counts.retracted
         make_room(step, first)
-        assert scheduler.retracted == before or (first is not None and first.slot >= 0)
+        assert scheduler.counts.retracted == before or (first is not None and first.slot >= 0)
 
     scheduler._make_room = checking  # type: ignore[method-assign]

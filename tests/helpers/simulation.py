@@ -1,6 +1,9 @@
 """An engine over a simulated device, and what each request must get from it."""
 
-from collections.abc import Sequence
+import gc
+import statistics
+import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -36,6 +39,30 @@ def instant_engine(num_pages: int, max_seq_len: int, config: Config) -> Engine:
     """An engine whose device takes no time of the host's, and samples anything."""
     model = ModelInfo(name="instant", vocab_size=2**30, max_seq_len=max_seq_len, eos_token_ids=())
     return Engine(TimedExecutor(num_pages, 2**30, lambda plan: StepSeconds(0.0, 0.0, 1e-3)), model, config)
+
+
+def calls(work: Callable[..., object], *arguments: object) -> int:
+    """How many functions `work` calls, in Python and in C."""
+    count = 0
+
+    def profile(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    gc.disable()  # which may call functions of its own
+    sys.setprofile(profile)
+    try:
+        work(*arguments)
+    finally:
+        sys.setprofile(before)
+        gc.enable()
+    return count
+
+
+def calls_of_a_step(engine: Engine, steps: int = 15) -> float:
+    """The median of so many steps: some take pages beside."""
+    return statistics.median(calls(engine.step) for _ in range(steps))
 
 
 def expected_tokens(request: Request, max_seq_len: int) -> list[int]:

@@ -80,7 +80,7 @@ def generate(
     model = ModelInfo(name="tiny", vocab_size=spec.vocab_size, max_seq_len=MAX_SEQ_LEN, eos_token_ids=(EOS,))
     engine = Engine(executor, model, settings, lambda grammar: Cycle(grammar, spec.vocab_size, EOS))
     answers = answers_of(engine, asked, retractions, every=5)
-    assert (engine.scheduler.retracted >= 4) == (retractions > 0)
+    assert (engine.scheduler.counts.retracted >= 4) == (retractions > 0)
     engine.close()
     return list(answers.values())
 

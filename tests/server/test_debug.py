@@ -52,6 +52,16 @@ async def test_a_viewer_of_an_idle_engine_has_its_answers_head(busy: tuple[Web, 
         assert answer.status_code == 200
 
 
+async def test_the_openapi_document_says_that_every_event_is_a_step(busy: tuple[Web, EngineThread]) -> None:
+    found = (await busy[0].http.get("/openapi.json")).json()
+    content = found["paths"]["/debug/events"]["get"]["responses"]["200"]["content"]
+    (event,) = content.pop("text/event-stream")["schema"]["properties"]["data"]["anyOf"]  # and never [DONE]
+    assert event["contentSchema"] == {"anyOf": [{"$ref": "#/components/schemas/StepRecord"}]}
+    assert "pages_free" in found["components"]["schemas"]["StepRecord"]["properties"]
+    assert not content
+    assert "application/json" in found["paths"]["/debug/engine"]["get"]["responses"]["200"]["content"]
+
+
 async def test_a_viewer_gets_every_step_and_another_the_same(busy: tuple[Web, EngineThread]) -> None:
     web, _ = busy
     begun = asyncio.Barrier(3)

@@ -233,6 +233,10 @@ def test_the_flag_takes_what_vllm_takes_and_refuses_the_rest_by_name() -> None:
     for wrong in ("", "[]", '{"hwm": 0}', '{"publisher": "nats"}', '{"max_queue_size": 5}'):
         with pytest.raises(ConfigError, match="--kv-events-config"):
             check(Config(kv_events_config=wrong))
+    for name in ("endpoint", "replay_endpoint"):
+        check(Config(kv_events_config=f'{{"{name}": "tcp://[::1]:65535"}}'))
+        with pytest.raises(ConfigError, match=r"--kv-events-config: tcp://\*:71093: a port is at most 65535"):
+            check(Config(kv_events_config=f'{{"{name}": "tcp://*:71093"}}'))
     with pytest.raises(ConfigError, match="naive"):
         check(Config(kv_events_config="{}", cache="naive"))
     with pytest.raises(ConfigError, match="an endpoint cannot be used"):

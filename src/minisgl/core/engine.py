@@ -266,7 +266,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         scheduler = self.scheduler
-        return EngineStats(
+        return msgspec.structs.replace(
+            scheduler.counts,
             running=scheduler.num_running,
             max_running=len(self.table.requests),
             waiting=len(scheduler.waiting),
@@ -276,11 +277,6 @@ class Engine:
             pages_cached=self.cache.num_cached,
             pages_evictable=self.cache.available - self.cache.num_free,
             steps=scheduler.step,
-            retracted=scheduler.retracted,
-            aborted=scheduler.aborted,
-            prompt_tokens=scheduler.prompt_tokens,
-            cached_prompt_tokens=scheduler.cached_prompt_tokens,
-            generated_tokens=scheduler.generated_tokens,
         )
 
     def close(self) -> None:

@@ -132,7 +132,6 @@ def read_spec(folder: Path) -> ModelSpec:
     head_dim = config.integer("head_dim", row.head_dim or hidden_size // num_heads)
     if head_dim % 2:
         raise config.error("head_dim", "even, for the rotary embedding")
-    vocab_size = config.integer("vocab_size")
     max_position = config.integer("max_position_embeddings", row.max_position)
     bias = row.bias_fields and config.flag("attention_bias", False)
     dtype_field = "dtype" if "dtype" in config else "torch_dtype"
@@ -141,7 +140,7 @@ def read_spec(folder: Path) -> ModelSpec:
         raise config.error(dtype_field, f"one of {', '.join(CHECKPOINT_DTYPES)}")
     return ModelSpec(
         architecture=names[0],
-        vocab_size=vocab_size,
+        vocab_size=config.integer("vocab_size"),
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,

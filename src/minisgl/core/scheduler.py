@@ -25,7 +25,7 @@ from minisgl.core.pages import CacheManager, PageWrites, Slots
 from minisgl.core.plan import EMPTY, Int32, Masks, StepPlan, StepResult
 from minisgl.core.policy import Policy, PolicyGuard, View
 from minisgl.core.request_state import MaskBudget, RequestState, RequestTable, State, TokenFilter, mask_out
-from minisgl.core.types import FinishReason, TokenEvent
+from minisgl.core.types import EngineStats, FinishReason, TokenEvent
 
 # What masks may take of a step, at least and at most. An ordinary one (a JSON schema: 50 µs) does not count.
 STEP_SECONDS = (0.0005, 0.004)
@@ -68,7 +68,7 @@ class Scheduler:
         self.admitted: list[tuple[str, int]] = []  # by the last `schedule`, with the tokens that were cached
         self.retracted_ids: list[str] = []  # since the engine emptied it, at the last launch
         self.ended: list[tuple[str, FinishReason]] = []  # the same, when it took in the last result
-        self.retracted = self.aborted = self.prompt_tokens = self.cached_prompt_tokens = self.generated_tokens = 0
+        self.counts = EngineStats()  # those that only grow
         self.policy = PolicyGuard(policy, View(table, cache), self.live, self.waiting)
 
     @property
@@ -93,7 +93,7 @@ class Scheduler:
 
     def abort(self, request_id: str) -> None:
         if (request := self.live.get(request_id)) is not None:
-            self.aborted += 1
+            self.counts.aborted += 1
             self._end(request, FinishReason.ABORT)
 
     # Planning a step
@@ -205,8 +205,8 @@ class Scheduler:
         if not request.admitted:
             request.admitted = True
             request.cached_tokens = cached
-            self.prompt_tokens += request.prompt_len
-            self.cached_prompt_tokens += cached
+            self.counts.prompt_tokens += request.prompt_len
+            self.counts.cached_prompt_tokens += cached
         self.admitted.append((request.request.id, cached))
         step.admitted.append(slot)
         return True
@@ -284,7 +284,7 @@ class Scheduler:
         lengths = table.num_tokens[slots] + 1
         table.tokens[slots, lengths - 1] = tokens
         table.num_tokens[slots] = lengths
-        self.generated_tokens += len(slots)
+        self.counts.generated_tokens += len(slots)
         stop = (table.stop_ids[slots] == tokens[:, None]).any(axis=1)  # never before min_tokens: masked
         full = lengths >= table.max_tokens[slots]
         columns = slots.tolist(), tokens.tolist(), stop.tolist(), full.tolist()
@@ -415,7 +415,7 @@ class Scheduler:
 
     def _retract(self, slot: int) -> None:
         request = self.table.request(slot)
-        self.retracted += 1
+        self.counts.retracted += 1
         self.retracted_ids.append(request.request.id)
         self._release(slot)
         insort(self.waiting, request, key=by_place)

@@ -259,8 +259,8 @@ class StepRecord(msgspec.Struct, kw_only=True):
     pages_cached: int
 
 
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of the engine's counts; pages are KV pages, `waiting_tokens` those of waiting prompts."""
+class EngineStats(msgspec.Struct, kw_only=True):
+    """The engine's counts at a moment; pages are KV pages, `waiting_tokens` those of waiting prompts."""
 
     running: int = 0
     max_running: int = 0

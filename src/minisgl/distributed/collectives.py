@@ -1,8 +1,8 @@
 """A rank of a tensor-parallel group and its collectives: NCCL between GPUs, gloo between CPUs."""
 
-import dataclasses
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, Protocol, TypeVar
@@ -37,11 +37,11 @@ class Collectives(Protocol):
         """Leave the group, in which every rank is still alive."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass
 class TPGroup:
     rank: int
     size: int
-    collectives: Collectives  # of the device's tensors
+    collectives: Collectives  # of the device's tensors; faster ones may take their place while the ranks start
     control: Collectives  # of the CPU's, while the ranks start
     one_host: bool = True  # all ranks run on one
 
@@ -50,6 +50,9 @@ class TPGroup:
 
     def barrier(self) -> None:
         self.least(0)
+
+    def abort(self) -> None:
+        self.collectives.abort()
 
 
 class TorchCollectives:
@@ -110,8 +113,8 @@ class NcclCollectives:
         return out
 
     def abort(self) -> None:
-        self._communicator.abort()
         self._base.abort()
+        self._communicator.abort()
 
     def close(self) -> None:
         self._communicator.destroy()
@@ -154,14 +157,14 @@ def attempt(group: TPGroup, work: Callable[[], T]) -> tuple[T | None, str]:
     return None, failure or "it failed on another rank"
 
 
-def select_nccl(group: TPGroup, device: torch.device, disable_pynccl: bool) -> tuple[TPGroup, str]:
-    """The group with nccl4py's collectives where that is installed on every rank and works; and which were chosen."""
+def select_nccl(group: TPGroup, device: torch.device, disable_pynccl: bool) -> tuple[Collectives, str]:
+    """nccl4py's collectives where that is installed on every rank and works, else the group's; and what they are."""
     through_torch = "NCCL through torch.distributed"
     if disable_pynccl:
-        return group, through_torch
+        return group.collectives, through_torch
     installed = find_spec("nccl") is not None and find_spec("nccl.core") is not None
     if not group.least(int(installed)):
-        return group, f"{through_torch} (nccl4py is not installed)"
+        return group.collectives, f"{through_torch} (nccl4py is not installed)"
 
     def bind() -> NcclCollectives:
         bound, x = NcclCollectives(group), noise(group.rank, 8, 1024, torch.bfloat16, device)
@@ -170,8 +173,8 @@ def select_nccl(group: TPGroup, device: torch.device, disable_pynccl: bool) -> t
 
     bound, why = attempt(group, bind)
     if bound is None:
-        return group, f"{through_torch} (nccl4py: {why})"
-    return dataclasses.replace(group, collectives=bound), "NCCL through nccl4py"
+        return group.collectives, f"{through_torch} (nccl4py: {why})"
+    return bound, "NCCL through nccl4py"
 
 
 def noise(seed: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -50,21 +50,21 @@ class Worker:
         try:
             load = self._receive()
             assert isinstance(load, LoadModel)
-            executor, group = self._load(load, join())
+            group = join()
+            executor = self._load(load, group)
             group.barrier()  # every rank is ready
             self._execute(executor)
             group.collectives.close()
         except Exception as error:
             self._fail(error)
 
-    def _load(self, load: LoadModel, group: TPGroup) -> tuple[LocalExecutor, TPGroup]:
+    def _load(self, load: LoadModel, group: TPGroup) -> LocalExecutor:
         config, folder = load.config, Path(load.folder)
         logging.basicConfig(level=config.log_level, format=f"%(asctime)s %(levelname)s rank {self.rank} %(message)s")
         if not folder.is_dir():  # rank 0 is on another host
             weights = not config.dummy_weight
             folder = locate_model(config.model, config.model_source, dtype=config.dtype, weights=weights)
-        executor, group, _ = build_rank_executor(config, folder, read_spec(folder), load.max_seq_len, group)
-        return executor, group
+        return build_rank_executor(config, folder, read_spec(folder), load.max_seq_len, group)[0]
 
     def _execute(self, executor: LocalExecutor) -> None:
         collector = ThreadPoolExecutor(1)

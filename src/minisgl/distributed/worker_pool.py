@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 
 from minisgl.distributed import messages
 from minisgl.distributed.collectives import TPGroup, broadcast_text
@@ -34,10 +35,9 @@ class WorkerPool:
         self._links: list[socket.socket] = []
         self._listeners: list[threading.Thread] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._on_failure: list[Callable[[], None]] = []
-        self._failure: MinisglError | None = None
+        self._failure: Future[MinisglError] = Future()  # of the first worker that is gone
         self._closing = False
-        self._changed = threading.Condition()  # of the three above
+        self._lock = threading.Lock()  # of the two above
 
     def start(self, device: str) -> str:
         """Start workers as processes of this host, on "cpu" or "cuda", and wait until they run. Returns where the ranks
@@ -77,15 +77,11 @@ class WorkerPool:
 
     @property
     def broken(self) -> bool:
-        return self._failure is not None
+        return self._failure.done()
 
     def on_failure(self, callback: Callable[[], None]) -> None:
         """Have this called, once and from another thread, when a worker is gone; now, if one is already."""
-        with self._changed:
-            if self._failure is None:
-                self._on_failure.append(callback)
-                return
-        callback()
+        self._failure.add_done_callback(lambda _: callback())
 
     def send(self, message: ToWorker) -> None:
         data = messages.frame(message)
@@ -95,8 +91,8 @@ class WorkerPool:
 
     def check(self) -> None:
         """Raise EngineDeadError when a worker is gone, or ConfigError with what it could not honour."""
-        if self._failure is not None:
-            raise self._failure
+        if self.broken:
+            raise self._failure.result()
 
     @contextlib.contextmanager
     def name_the_cause(self) -> Iterator[None]:
@@ -106,15 +102,14 @@ class WorkerPool:
         except MinisglError:
             raise
         except Exception as error:
-            with self._changed:
-                self._changed.wait_for(lambda: self.broken, CAUSE_SECONDS)
-            if self._failure is not None:
-                raise self._failure from error
+            wait([self._failure], CAUSE_SECONDS)
+            if self.broken:
+                raise self._failure.result() from error
             raise
 
     def close(self, force: bool = False) -> None:
         """Let the workers finish and end; kill those that do not end in time, or all of them, by `force`."""
-        with self._changed:
+        with self._lock:
             if self._closing:
                 return
             self._closing = True
@@ -165,16 +160,13 @@ class WorkerPool:
 
     def _fail(self, failure: MinisglError) -> None:
         """End the other workers, which may wait in a collective for ever; then tell, which may end this process."""
-        with self._changed:
-            if self._closing or self._failure is not None:
+        with self._lock:
+            if self._closing or self.broken or self._failure.running():
                 return
+            self._failure.set_running_or_notify_cancel()  # so that only the first one is told
             log.error("%s", failure.message)
             self._abandon()
-            self._failure = failure
-            callbacks = list(self._on_failure)
-            self._changed.notify_all()
-        for callback in callbacks:
-            callback()
+        self._failure.set_result(failure)
 
     def _abandon(self) -> None:
         """Kill the workers; those of other hosts end with their links."""

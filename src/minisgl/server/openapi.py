@@ -55,19 +55,23 @@ class ApiRoute(NamedTuple):
     method: str
     path: str
     handler: Callable[[Request], Awaitable[Response]]
-    result: Any = None  # the type of its answer: `str` is plain text, None leaves it out of the document
+    result: Any = None  # the type of its answer: `str` is plain text, None that there is none but a stream
     bodies: Sequence[Any] = ()  # the types of its body
-    events: Any = None  # the type of a stream's events
+    events: Any = None  # the type of a stream's events; without any type it is left out of the document
 
     def operation(self, schemas: Mapping[str, Any]) -> dict[str, Any]:
         error = {"application/json": {"schema": schemas[str(ErrorBody)]}}
-        kind = "text/plain" if self.result is str else "application/json"
-        content = {kind: {"schema": schemas[str(self.result)]}}
+        content: dict[str, Any] = {}
+        if self.result is not None:
+            kind = "text/plain" if self.result is str else "application/json"
+            content[kind] = {"schema": schemas[str(self.result)]}
         if self.events is not None:
-            # A server-sent event as OpenAPI 3.2 describes them; the last is [DONE], or an error.
-            value = {"anyOf": [schemas[str(self.events)], schemas[str(ErrorBody)]]}
-            event = {"contentMediaType": "application/json", "contentSchema": value}
-            data = {"type": "string", "anyOf": [{"const": "[DONE]"}, event]}
+            # A server-sent event as OpenAPI 3.2 describes them. Of an answer's events the last is [DONE], or an error.
+            values, end = [schemas[str(self.events)]], []
+            if self.result is not None:
+                values, end = [*values, schemas[str(ErrorBody)]], [{"const": "[DONE]"}]
+            event = {"contentMediaType": "application/json", "contentSchema": {"anyOf": values}}
+            data = {"type": "string", "anyOf": [*end, event]}
             stream = {"type": "object", "properties": {"data": data}, "required": ["data"]}
             content["text/event-stream"] = {"schema": stream}
         responses = {str(status): {"description": text, "content": error} for status, text in ERRORS.items()}
@@ -85,7 +89,7 @@ class ApiRoute(NamedTuple):
 
 def document(routes: Sequence[ApiRoute]) -> dict[str, Any]:
     """The whole document. Every endpoint can answer with every error."""
-    routes = [route for route in routes if route.result is not None]
+    routes = [route for route in routes if (route.result, route.events) != (None, None)]
     types = [kind for route in routes for kind in (route.result, *route.bodies, route.events) if kind is not None]
     types.append(ErrorBody)
     references, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
