@@ -248,8 +248,7 @@ def mixed_requests(vocab: int) -> list[Request]:
     return requests
 
 
-@pytest.mark.parametrize("chunk", [7, 64])
-@pytest.mark.parametrize("model", ["qwen3", "mistral", "qwen3-moe"])
+@pytest.mark.parametrize(("model", "chunk"), [("qwen3", 7), ("qwen3", 64), ("mistral", 7), ("qwen3-moe", 7)])
 def test_an_engine_answers_the_same_with_whole_steps_captured(model: str, chunk: int) -> None:
     torch.set_num_threads(1)
     spec = SPECS[model]
