@@ -17,7 +17,6 @@ from minisgl.core.types import EngineStats, SamplingParams, StepRecord
 from minisgl.core.types import Request as EngineRequest
 from minisgl.errors import EngineDeadError, InvalidRequestError
 from minisgl.server import responses
-from minisgl.server.engine_client import DRAIN_RETRY_SECONDS
 from minisgl.server.errors import ApiProcessError, DrainingError, OverloadedError, QueueFullError
 from minisgl.server.metrics import CONTENT_TYPE, MetricsPage
 from minisgl.server.openapi import ApiRoute
@@ -61,7 +60,7 @@ def admin_routes(api: Api) -> list[ApiRoute]:
         if client.dead is not None:
             raise client.dead
         if client.draining:
-            raise DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
+            raise DrainingError("the server is shutting down")
         return json_response(responses.IsReady())
 
     async def version(_: Request) -> Response:

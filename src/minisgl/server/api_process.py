@@ -55,7 +55,6 @@ MAX_CONNECTIONS = 16384  # of a process; an idle one takes some 20 KB
 SPARE_DESCRIPTORS = 128  # for connections that are refused and for what is no connection
 REFUSED_AT_ONCE = 32  # connections that are told so
 CROWD_SECONDS = 60.0  # between two lines in the log about too many connections
-CROWD_RETRY_SECONDS = 5
 ANSWER_SECONDS = 1.0  # in which requests are still answered, with 503, when the engine has ended or was given up
 
 logger = logging.getLogger(__name__)
@@ -217,7 +216,7 @@ class Crowd:
             oldest.transport.close()
             self.idle[connection] = None
         else:
-            error = OverloadedError("too many connections; try again later", CROWD_RETRY_SECONDS)
+            error = OverloadedError("too many connections; try again later")
             connection.app = error_response(error, connection="close")
             if count > self.bound + REFUSED_AT_ONCE:
                 connection.transport.abort()

@@ -22,7 +22,6 @@ from minisgl.server.metrics import ACCESS_RECORD, Metrics, RequestStats
 ENGINE_DIED = "the engine ended; nothing can be generated until the server is started again"
 MAX_LIVE = 4096  # that wait or run; more are turned away rather than queued without bound
 MAX_RETRY_SECONDS = 60
-DRAIN_RETRY_SECONDS = 5  # by then another server may answer
 DRAIN_POLL_SECONDS = 0.05
 CONNECT_SECONDS = 0.02  # between two attempts to reach an engine that does not listen yet
 
@@ -154,7 +153,7 @@ class EngineClient(abc.ABC):
             raise self.dead
         try:
             if self.draining:
-                raise errors.DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
+                raise errors.DrainingError("the server is shutting down")
             self.queue.check(requests, len(self._live))
         except errors.RetryLaterError as error:
             self.metrics.rejected.labels(str(error.code)).inc()

@@ -39,7 +39,6 @@ BRIEF_REST = 10.0  # times as long as it took to prepare one the event loop prep
 SMALL_THREADS, LARGE_THREADS = 4, 1  # reading JSON holds the interpreter's lock: no two large bodies at a time
 GRAMMAR_THREADS = 4  # each waits for a process
 BODY_SECONDS, BODY_RATE = 30.0, 32 * 2**10  # a body may take so long, and a second for so many of its bytes
-BODY_RETRY_SECONDS = 5
 PART_SECONDS = 0.004  # from a part of a large body to the next of any: reading is the event loop's work
 HELD_BYTES = 256 * 2**20  # of all bodies at a time, or four of the largest
 MAX_NESTED, MAX_VALUES = 2**17, 2**19  # arrays, objects and keys in a body, and all its values (a long context: more)
@@ -319,7 +318,7 @@ class Bodies:
         fits = total <= self.most and own <= self.most // 2
         fair = size <= SMALL_BODY or own <= self.most // (len(self.held) + 1)
         if not fits and not (fair and total <= 2 * self.most):
-            return OverloadedError("too many large bodies are being read; try again later", BODY_RETRY_SECONDS)
+            return OverloadedError("too many large bodies are being read; try again later")
         return None
 
 
