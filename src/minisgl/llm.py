@@ -87,7 +87,9 @@ class LLM:
         anything is generated when one of them cannot be served. Ctrl-C ends the completions after the current step,
         and the model can be used again.
         """
-        several = as_list(prompts)
+        several: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if several and isinstance(several[0], Integral):  # the ids of one
+            several = [several]
         self._require_idle()
         params = SamplingParams() if sampling_params is None else sampling_params
         each = [with_types(params)] * len(several) if isinstance(params, SamplingParams) else [*map(with_types, params)]
@@ -190,13 +192,6 @@ class LLM:
             stop_reason=output.stop_reason,
             error=output.error,
         )
-
-
-def as_list(prompts: Prompts) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    several: list[Any] = list(prompts)
-    return [several] if several and isinstance(several[0], Integral) else several
 
 
 def as_ids(prompt: Iterable[Any]) -> list[int]:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+from prometheus_client import generate_latest
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -102,7 +103,7 @@ def admin_routes(api: Api) -> list[ApiRoute]:
             await client.ping(SCRAPE_TIMEOUT)
         rate, size = scrape_rate.since_last(client.stats.generated_tokens), api.config.page_size
         page = MetricsPage(client.metrics, client.stats, client.dead is None, preparation.names[0], size, rate)
-        return Response(page.render(), media_type=CONTENT_TYPE)
+        return Response(generate_latest(page), media_type=CONTENT_TYPE)
 
     async def flush_cache(request: Request) -> Response:
         """Drop every cached page that no request uses."""

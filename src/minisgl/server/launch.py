@@ -114,23 +114,23 @@ class ApiWorkers:
     """API processes that accept from one socket: replaced when they die, drained and ended together."""
 
     def __init__(self, setup: ipc.WorkerSetup, engine_gone: asyncio.Event) -> None:
+        rows, loop = range(setup.config.api_workers), asyncio.get_running_loop()
         self._setup = setup
         self._engine_gone = engine_gone
         self._processes: dict[int, Process] = {}  # the last of each row
-        self._serving: dict[int, ipc.Serving] = {}
-        self._all_serve = asyncio.Event()
+        self._serving: list[asyncio.Future[ipc.Serving]] = [loop.create_future() for _ in rows]
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS + 1)
         self._order = b""  # what they were told last
-        self._keeping = [asyncio.create_task(self._keep(row)) for row in range(setup.config.api_workers)]
+        self._keeping = [loop.create_task(self._keep(row)) for row in rows]
 
     async def serve(self, shutdown: Shutdown, on_listening: Callable[[ipc.Serving], None]) -> None:
         """Serve an engine that is ready until `shutdown` or its end. Raises ModelError or ApiProcessError."""
-        gone, stop = self._engine_gone, shutdown.stop
-        await wait_first(self._all_serve.wait(), gone.wait(), stop.wait(), *self._keeping)
+        gone, stop, all_serve = self._engine_gone, shutdown.stop, asyncio.gather(*self._serving)
+        await wait_first(all_serve, gone.wait(), stop.wait(), *self._keeping)
         if stop.is_set() or gone.is_set():
             return
-        if self._all_serve.is_set():
-            on_listening(self._serving[0])
+        if all_serve.done():
+            on_listening(all_serve.result()[0])
             await wait_first(gone.wait(), stop.wait(), *self._keeping)
         all_over = asyncio.create_task(asyncio.wait(self._keeping))
         if stop.is_set() and not gone.is_set():
@@ -165,7 +165,7 @@ class ApiWorkers:
                 end = f"cannot be started: {error}"
             if self._order or self._engine_gone.is_set():
                 return
-            if row not in self._serving:
+            if not self._serving[row].done():
                 raise ModelError(f"API process {row} {end} before it could serve")
             self._deaths.append(time.monotonic())
             if len(self._deaths) > MOST_DEATHS and self._deaths[-1] - self._deaths[0] < DEATHS_SECONDS:
@@ -183,12 +183,10 @@ class ApiWorkers:
         self._processes[row] = process
         if line := await process.stdout.readline():
             serving = msgspec.json.decode(line, type=ipc.Serving)
-            if serving.error is None:
-                self._serving[row] = serving
-            elif row not in self._serving:
-                raise ModelError(serving.error)
-            if len(self._serving) == len(self._keeping):
-                self._all_serve.set()
+            if not self._serving[row].done():
+                if serving.error is not None:
+                    raise ModelError(serving.error)
+                self._serving[row].set_result(serving)
         status = await process.wait()
         mark_process_dead(process.pid, setup.counts)  # type: ignore[no-untyped-call]
         return status

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from http import HTTPMethod
 from types import MappingProxyType
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
@@ -95,6 +95,8 @@ class Metrics:
         self.prefix = prefix
         self.registry = registry = CollectorRegistry()
         self.counts = counts
+        # Of all processes.
+        self.collector = registry if counts is None else MultiProcessCollector(None, counts)  # type: ignore[no-untyped-call]
 
         def histogram(name: str, bounds: Sequence[float], text: str) -> Histogram:
             return Histogram(self.name(name), text, registry=registry, buckets=bounds)
@@ -175,12 +177,6 @@ class Metrics:
     def num_silent(self) -> int:
         return sum(seconds > SILENT_SECONDS for seconds in self.silences().values())
 
-    def families(self) -> Iterable[Metric]:
-        if self.counts is None:
-            return self.registry.collect()
-        families: Iterable[Metric] = MultiProcessCollector(None, self.counts).collect()  # type: ignore[no-untyped-call]
-        return families
-
 
 @dataclasses.dataclass(frozen=True)
 class MetricsPage(Collector):
@@ -190,9 +186,6 @@ class MetricsPage(Collector):
     model: str
     page_size: int
     throughput: float = 0.0  # tokens/s since the page before
-
-    def render(self) -> bytes:
-        return generate_latest(self)
 
     def collect(self) -> Iterator[Metric]:
         stats, processes = self.stats, self.metrics.silences()
@@ -235,7 +228,7 @@ class MetricsPage(Collector):
         info = GaugeMetricFamily(name_of("cache_config_info"), "how the KV cache is divided: its labels", labels=labels)
         info.add_metric([str(self.page_size), str(stats.pages_total)], 1.0)
         families.append(info)
-        for family in (*families, *self.metrics.families()):
+        for family in (*families, *self.metrics.collector.collect()):
             family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
             if family.name != name_of("http_requests"):
                 family.samples = [s._replace(labels={"model_name": self.model, **s.labels}) for s in family.samples]

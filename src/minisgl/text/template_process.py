@@ -11,7 +11,7 @@ import json
 import signal
 import socket
 from datetime import datetime
-from typing import Any
+from functools import partial
 
 import jinja2
 import jinja2.meta
@@ -43,17 +43,10 @@ def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """JSON as it is, where jinja2's own filter would escape HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 def compiled(source: str, tokens: dict[str, str]) -> tuple[jinja2.Template, list[str]]:
     """A template and the variables that it takes. Raises ValueError with the reason where it is none."""
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
-    env.filters["tojson"] = to_json
+    env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
     env.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     env.globals["raise_exception"] = raise_exception
     try:
