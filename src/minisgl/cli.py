@@ -149,8 +149,8 @@ def guarded(run: Callable[[], int]) -> int:
         return run()
     except MinisglError as error:
         if debugging():
-            print_text(traceback.format_exc(), sys.stderr)
-        print_text(f"error: {error.message}", sys.stderr)
+            print_text(traceback.format_exc())
+        print_text(f"error: {error.message}")
         return 1
     except KeyboardInterrupt:
         return 130

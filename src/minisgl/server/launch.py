@@ -61,7 +61,7 @@ async def run(config: Config, command: Sequence[str]) -> None:
         check_public(config, listener)
         started, shutdown = time.monotonic(), handle_signals()
         stop = shutdown.stop
-        print_status(f"loading {config.model or BUNDLED_MODEL} …")
+        print_text(f"loading {config.model or BUNDLED_MODEL} …")
         process = await start_process(command, ipc.EngineSetup(config.without_keys(), folder))
         client = SocketEngineClient(folder, config)
         ended = asyncio.create_task(watch_engine(process, client))
@@ -77,7 +77,7 @@ async def run(config: Config, command: Sequence[str]) -> None:
             while not loading.done() and not stop.is_set():
                 await wait_first(loading, stop.wait(), timeout=LOADING_SECONDS)
                 if not loading.done() and not stop.is_set():
-                    print_status(f"still loading after {time.monotonic() - started:.0f} s …")
+                    print_text(f"still loading after {time.monotonic() - started:.0f} s …")
             if stop.is_set():
                 return
             with contextlib.suppress(EngineDeadError):  # its exit status says more, below
@@ -298,7 +298,7 @@ def handle_signals() -> Shutdown:
     def on_signal(number: int) -> None:
         if not shutdown.stop.is_set():
             shutdown.stop.set()
-            print_status("stopping; once more to stop at once")
+            print_text("stopping; once more to stop at once")
         elif number != signal.SIGHUP:  # of a closed terminal there may be several: the shell's and the kernel's
             shutdown.force.set()
 
@@ -311,7 +311,7 @@ def handle_signals() -> Shutdown:
 def announce(config: Config, url: str, started: float, ready: ipc.Ready, serving: ipc.Serving) -> None:
     """The ready line, the effective configuration and a request to paste; `started` is on the monotonic clock."""
     if not serving.has_tokenizer:
-        print_status(f"{ready.folder} has no tokenizer: text is bytes, and any other token reads as its number")
+        print_text(f"{ready.folder} has no tokenizer: text is bytes, and any other token reads as its number")
     seconds = time.monotonic() - started
     lines = [f"\nMini-SGLang {__version__} is ready after {seconds:.1f} s: {serving.model} on {url}/v1\n"]
     lines += [f"  {note}" for note in ready.notes]
@@ -324,8 +324,4 @@ def announce(config: Config, url: str, started: float, ready: ipc.Ready, serving
         path, body = "chat/completions", '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
         lines.append(f"\nchat in a browser: {url}/")
     lines.append(f"\ncurl {url}/v1/{path} {headers} \\\n  -d '{body}'\n")
-    print_text("\n".join(lines), sys.stdout)
-
-
-def print_status(line: str) -> None:
-    print_text(line, sys.stderr)
+    print_text("\n".join(lines), to_stdout=True)
