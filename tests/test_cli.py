@@ -80,8 +80,6 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--max-running-requests 128", {"max_running_requests": 128}),
     ("--max-seq-len-override 8192", {"max_seq_len_override": 8192}),
     ("--dtype auto", {}),
-    ("--quantization fp8", {"quantization": "fp8"}),
-    ("--kv-cache-dtype fp8_e4m3", {"kv_cache_dtype": "fp8_e4m3"}),
     *((f"--dtype {dtype}", {"dtype": dtype}) for dtype in ("bfloat16", "float16", "float32")),
     *((f"--quantization {scheme}", {"quantization": scheme}) for scheme in ("fp8", "int8")),
     ("--kv-cache-dtype fp8_e4m3", {"kv_cache_dtype": "fp8_e4m3"}),

@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
+from numbers import Integral
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -219,13 +220,19 @@ class Resolved:
 
 
 def make_config(**settings: Any) -> Config:
-    """These fields, the rest from the environment. Raises UnknownKeywordError with the field that a flag is of."""
+    """These fields, the rest from the environment. Raises UnknownKeywordError with the field that a flag is of, and
+    ConfigError for a value that is not of its field's type.
+    """
     fields = Config.__dataclass_fields__
     for name in settings.keys() - fields:
         meant = [field.name for field in fields.values() if f"--{name.replace('_', '-')}" in field.metadata["flags"]]
         hint = f"; did you mean {meant[0]}?" if meant else did_you_mean(name, fields)
         raise UnknownKeywordError(f"there is no setting {name}{hint}")
-    return from_environment().replace(**settings)
+    try:
+        given = msgspec.to_builtins(settings, enc_hook=lambda v: int(v) if isinstance(v, Integral) else str(v))
+        return msgspec.convert({**dataclasses.asdict(from_environment()), **given}, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"settings: {error}") from error
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Config:

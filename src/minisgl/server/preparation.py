@@ -133,7 +133,7 @@ class Preparation:
     def tokenize(self, body: bytes) -> Tokens:
         value = protocol.parse_object(body)
         asked: TokenizeConversation | protocol.TokenizeText
-        if "messages" in value:
+        if value.get("messages") is not None:
             asked = TokenizeConversation.parse(value)
             text, field, special = self.render(asked, asked.tools or ()), "messages", bool(asked.add_special_tokens)
         else:
