@@ -84,7 +84,6 @@ def add_config_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] 
 
 
 def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> argparse.Action:
-    """Add one field's flag with all its spellings. A bool is a switch; `hint` T | None parses as T."""
     text = field.metadata["help"]
     options: dict[str, Any]
     if hint is bool:
@@ -157,7 +156,6 @@ def guarded(run: Callable[[], int]) -> int:
 
 
 def start(config: Config) -> int:
-    """Serve or chat until the end; the exit status."""
     launched = launcher(config.tp)
     if launched is not None and launched.rank > 0:
         from minisgl.distributed.worker import serve_rank

@@ -93,10 +93,10 @@ def end_helper(process: subprocess.Popen[bytes], link: socket.socket, replies: B
     process.wait()
 
 
-def limit_memory(more: int) -> None:
-    """The kernel gives this process at most so many bytes of address space more than it has, and writes no core."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + more, used + more))
+def limit_memory() -> None:
+    """The kernel gives this process at most 1 GB of address space more than it has, and writes no core."""
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (1 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

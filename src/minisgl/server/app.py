@@ -38,7 +38,6 @@ class NamedRoute(Route):
 
 
 def model_routes(api: Api) -> list[ApiRoute]:
-    """The endpoints of the model: what generates, and what says something of it."""
     preparation, served = api.preparation, api.preparation.model
     priorities = priority_ranges(api.config.client_priorities)  # by the number of the API key
 

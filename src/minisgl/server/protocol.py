@@ -130,7 +130,6 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 @functools.cache
 def parts_of(kind: type[Body]) -> Mapping[str, type[Body]]:
-    """The fields that hold an object of a request, or a list of them."""
     return {field.encode_name: part for field in msgspec.structs.fields(kind) for part in bodies_in(field.type)}
 
 

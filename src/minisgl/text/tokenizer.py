@@ -211,7 +211,6 @@ def convert_tokenizer(folder: Path) -> Any:
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The named special tokens of a configuration, each a string or an object with `content`."""
     values = {name: config.get(name) for name in TOKEN_NAMES}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
