@@ -190,7 +190,7 @@ class MetricsPage(Collector):
     def collect(self) -> Iterator[Metric]:
         stats, processes = self.stats, self.metrics.silences()
         used = stats.pages_total - stats.pages_free
-        owned, answering = used - stats.pages_cached, len(processes) - self.metrics.num_silent()
+        owned, answering = used - stats.pages_cached, sum(seconds <= SILENT_SECONDS for seconds in processes.values())
         held, hits = share(stats.pages_held, stats.pages_total), share(stats.cached_prompt_tokens, stats.prompt_tokens)
         gauges = (
             ("num_requests_running", "requests that decode or prefill", stats.running),

@@ -81,7 +81,7 @@ class Preparation:
         reasons = template is not None and REASONING_END in template.source and chat.separate_reasoning is not False
         reasoning = reasoning_before(prompt, chat) if reasons else None
         tool_format = self.require_tool_format() if chat.offered_tools else None
-        if chat.must_call and tool_format is not None:
+        if tool_format is not None and (chat.tool_choice == "required" or chat.named_tool is not None):
             grammar, field, tool_format = forced_call_grammar(chat), "tools", tool_format.forced()
         elif tool_format is not None and (grammar is not None or tool_format.generic):
             field = field or "tools"

@@ -442,10 +442,6 @@ class ChatRequest(OpenAIRequest, kw_only=True):
     def named_tool(self) -> str | None:
         return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
-    @property
-    def must_call(self) -> bool:
-        return self.tool_choice == "required" or self.named_tool is not None
-
     def params(self, grammar: Grammar | None) -> SamplingParams:
         limit = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None

@@ -239,10 +239,6 @@ class TextStream:
         self._shown: list[str] = []
 
     @property
-    def stopped(self) -> bool:
-        return self.matched is not None
-
-    @property
     def text(self) -> str:
         return "".join(self._shown)
 
@@ -250,7 +246,7 @@ class TextStream:
     def push(self, tokens: Sequence[int]) -> str:
         before = len(self._shown)
         for token in tokens:
-            if self.stopped:
+            if self.matched is not None:
                 break
             self.starts.append(self.num_characters)
             if token not in self._hidden and (piece := self._decode(token)):
@@ -261,9 +257,9 @@ class TextStream:
     def finish(self) -> str:
         """What was held back, when the request ended for another reason than a stop string."""
         before = len(self._shown)
-        if self._pending and not self.stopped:
+        if self._pending and self.matched is None:
             self._take(self._rest())
-        if not self.stopped:
+        if self.matched is None:
             self._shown.append(self._held)
         return "".join(self._shown[before:])
 
@@ -345,7 +341,7 @@ class RequestOutput:
         if self.stream is not None:
             before = len(self.stream.starts)
             text = self.stream.push(shown)
-            if self.stream.stopped:
+            if self.stream.matched is not None:
                 self.finish, self.matched = FinishReason.STOP, self.stream.matched
                 taken = taken[: len(self.stream.starts) - before]
             elif self.finish is not None:
