@@ -246,7 +246,9 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Config:
             raise ConfigError(f"LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR, got {value!r}")
         changes["log_level"] = value.upper()
     if value := environ.get("MINISGL_API_KEY"):
-        changes["api_key"] = split_words([value])
+        if not (keys := split_words([value])):
+            raise ConfigError("MINISGL_API_KEY must hold a key, or be unset or empty for none")
+        changes["api_key"] = keys
     return Config(**changes)
 
 
