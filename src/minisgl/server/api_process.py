@@ -84,11 +84,10 @@ class AccessLog:
                 message = {**message, "headers": [*message["headers"], header]}
             await send(message)
 
-        token = ACCESS_RECORD.set(record)
+        ACCESS_RECORD.set(record)  # each request has a task of its own
         try:
             await self.app(scope, receive, send_noting)
         finally:
-            ACCESS_RECORD.reset(token)
             level = logging.DEBUG if record.path in QUIET_PATHS else logging.INFO
             access_logger.log(level, "%s", record.describe(time.monotonic()))
 

@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, Self
 
 import msgspec
@@ -94,11 +94,10 @@ class RequestGroup:
             self._release(self._live, finish)
             self._wake.set()
 
-    def abort(self, ids: Iterable[str]) -> None:
-        """End these requests in the engine, their completions being done; no event of them comes any more."""
-        ids = set(ids)
-        self._release(ids, "stop")
-        self._batch = [event for event in self._batch if event.id not in ids]
+    def abort(self, request_id: str) -> None:
+        """End a request in the engine, its completion being done; no event of it comes any more."""
+        self._release({request_id}, "stop")
+        self._batch = [event for event in self._batch if event.id != request_id]
         self._wake.set()
 
     def _release(self, ids: set[str], finish: str) -> None:

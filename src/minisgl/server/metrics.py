@@ -38,7 +38,6 @@ NAMES: Mapping[str, Mapping[str, str | None]] = MappingProxyType({
         "request_queue_time_seconds": "queue_time_seconds",
     },
 })  # fmt: skip
-CACHE_LABELS = MappingProxyType({"sglang": ("page_size", "num_pages")})  # else vLLM's
 # Upper bounds: s for the time of a token, s for what a request waits and takes, tokens of a prompt or completion.
 SHORT = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
@@ -224,7 +223,7 @@ class MetricsPage(Collector):
             if renamed.get(name, "") is not None
         ]
         families += [CounterMetricFamily(name_of(name), text, value) for name, text, value in counters]
-        labels = CACHE_LABELS.get(self.metrics.prefix, ("block_size", "num_gpu_blocks"))
+        labels = ("page_size", "num_pages") if self.metrics.prefix == "sglang" else ("block_size", "num_gpu_blocks")
         info = GaugeMetricFamily(name_of("cache_config_info"), "how the KV cache is divided: its labels", labels=labels)
         info.add_metric([str(self.page_size), str(stats.pages_total)], 1.0)
         families.append(info)

@@ -17,8 +17,6 @@ COMPLETION_MAX_TOKENS = 16  # the default of max_tokens in /v1/completions
 MAX_CHOICES = 128
 MAX_EXACT = 2**53  # up to here every integer is a double of its own
 MAX_MESSAGES = 16384
-MAX_TOOLS = 128
-MAX_STOPS = 16
 
 # Fields of OpenAI, vLLM and SGLang (their API documentation) that are known and not supported, each with the values
 # that ask for nothing; null always does.
@@ -282,7 +280,7 @@ class NamedTool(Body):
 
 
 Messages = Annotated[list[Message], Meta(max_length=MAX_MESSAGES, extra_json_schema={"minItems": 1})]
-Tools = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
+Tools = Annotated[list[Tool], Meta(max_length=128)]
 
 
 class StreamOptions(Body):
@@ -300,7 +298,7 @@ class Sampling(Body):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    stop: StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Meta(max_length=16)] | None = None
     stop_token_ids: list[int] | None = None
     logit_bias: LogitBias | None = None
     ignore_eos: bool | None = None
