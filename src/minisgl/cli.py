@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any, Final, NoReturn
 
 from minisgl import __version__
-from minisgl.config import Config, check, debugging, flag_of, from_environment, launcher, split_words
+from minisgl.config import Config, check, debugging, flag_of, flags_of, from_environment, launcher, split_words
 from minisgl.errors import ConfigError, MinisglError, did_you_mean
 from minisgl.system import open_standard_streams, print_text
 
@@ -79,7 +79,7 @@ def add_config_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] 
     for field in dataclasses.fields(Config):
         if title := GROUPS.get(field.name):
             group = None if title in without else parser.add_argument_group(title)
-        if group is not None and field.metadata["flags"]:
+        if group is not None and field.metadata["flag"]:
             add_flag(group, field, hints[field.name])
 
 
@@ -98,7 +98,7 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint
         choices = field.metadata["choices"] or None
         options = {"type": hint, "choices": choices, "metavar": None if choices else METAVARS[hint]}
     options |= {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-    return group.add_argument(*field.metadata["flags"], **options)
+    return group.add_argument(*flags_of(field), **options)
 
 
 def config_from(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> Config:

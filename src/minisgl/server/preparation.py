@@ -166,9 +166,7 @@ class Preparation:
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
         return text, [] if params.prompt_logprobs is None else self.tokenizer.starts(ids, text)
 
-    def requests(
-        self, kind: str, copies: int, prompts: list[Prompt], params: Sequence[SamplingParams]
-    ) -> list[Request]:
+    def requests(self, kind: str, copies: int, prompts: list[Prompt], params: list[SamplingParams]) -> list[Request]:
         """Checked requests, those of one prompt in a row; their ids are the completion's id and an index."""
         field = "n" if copies > 1 else "prompt"
         require(len(prompts) * copies <= self.max_live, f"at most {self.max_live} answers fit in one request", field)
@@ -281,7 +279,7 @@ class Bodies:
         """A body, held until the block ends. Raises BodyTooLargeError, OverloadedError or SlowBodyError."""
         start, size, kept = time.monotonic(), 0, 0
         parts: list[bytes] = []
-        error: InvalidRequestError | OverloadedError | None = None
+        error: Exception | None = None
         try:
             # Some more than fits is read, so that the client gets to read the error.
             async for part in request.stream():
@@ -307,9 +305,7 @@ class Bodies:
             if not self.held[client]:
                 del self.held[client]
 
-    def _refusal(
-        self, client: str, size: int, more: int, seconds: float
-    ) -> InvalidRequestError | OverloadedError | None:
+    def _refusal(self, client: str, size: int, more: int, seconds: float) -> Exception | None:
         if size > self.max_size:
             return BodyTooLargeError(f"the body must have at most {self.max_size} bytes")
         if seconds > BODY_SECONDS + size / BODY_RATE:
