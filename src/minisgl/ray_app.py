@@ -18,7 +18,7 @@ from minisgl.config import Config, flag_of
 from minisgl.errors import ConfigError, ModelError
 from minisgl.formats.hub import find_local
 from minisgl.server.engine_client import MAX_LIVE
-from minisgl.server.launch import check_public, listen_socket
+from minisgl.server.launch import address, check_public, listen_socket
 from minisgl.system import install_command, print_text
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def run(config: Config, scale: Scale) -> int:
     find_local(config.model)
     with listen_socket(config.host, config.port) as listener:  # what is wrong with it is said before Ray starts
         check_public(config, listener)
-        port = listener.getsockname()[1]
+        port, url = listener.getsockname()[1], address(listener, config)
     try:
         ray.init(include_dashboard=False)
     except ConnectionError as error:
@@ -188,8 +188,7 @@ def run(config: Config, scale: Scale) -> int:
     print_text("starting the replicas …")
     try:
         serve.run(build_application(config, scale), name=NAME, route_prefix="/", blocking=False)
-        scheme = "http" if config.ssl_certfile is None else "https"
-        print_text(f"\nMini-SGLang {__version__} is ready on {scheme}://{config.host}:{port}/v1\n", to_stdout=True)
+        print_text(f"\nMini-SGLang {__version__} is ready on {url}/v1\n", to_stdout=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         print_text("stopping; once more to stop at once")

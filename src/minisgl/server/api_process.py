@@ -206,22 +206,20 @@ class Crowd:
 
     def enter(self, connection: "BoundedProtocol", count: int) -> None:
         """Take in a new connection, the last of `count`."""
-        if count <= self.bound:
-            self.idle[connection] = None
-            return
-        if self.idle:
+        if count > self.bound:
+            if (now := time.monotonic()) >= self._next_line:
+                logger.warning("more than %d connections: idle ones are closed, or new ones refused", self.bound)
+                self._next_line = now + CROWD_SECONDS
+            if not self.idle:
+                error = OverloadedError("too many connections; try again later")
+                connection.app = error_response(error, connection="close")
+                if count > self.bound + REFUSED_AT_ONCE:
+                    connection.transport.abort()
+                return
             oldest = next(iter(self.idle))
             del self.idle[oldest]
             oldest.transport.close()
-            self.idle[connection] = None
-        else:
-            error = OverloadedError("too many connections; try again later")
-            connection.app = error_response(error, connection="close")
-            if count > self.bound + REFUSED_AT_ONCE:
-                connection.transport.abort()
-        if (now := time.monotonic()) >= self._next_line:
-            logger.warning("more than %d connections: idle ones are closed, or new ones refused", self.bound)
-            self._next_line = now + CROWD_SECONDS
+        self.idle[connection] = None
 
 
 class BoundedProtocol(H11Protocol):
