@@ -177,7 +177,6 @@ def start(config: Config) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `minisgl` and `python -m minisgl`; the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and not arguments[0].startswith("-"):  # perhaps of another package, such as bench
         for point in entry_points(group="minisgl.commands", name=arguments[0]):

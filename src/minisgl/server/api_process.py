@@ -24,7 +24,6 @@ from typing import Any, BinaryIO, Literal
 import h11
 import msgspec
 import uvicorn
-from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -332,7 +331,7 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def build_app(config: Config, client: EngineClient, ready: ipc.Ready, started: float) -> tuple[Starlette, ipc.Serving]:
+def build_app(config: Config, client: EngineClient, ready: ipc.Ready, started: float) -> tuple[ASGIApp, ipc.Serving]:
     """The application in front of an engine, without its middleware; `started` is on the monotonic clock."""
     model, folder = ready.model, Path(ready.folder)
     has_tokenizer = not config.dummy_weight or Tokenizer.exists(folder)

@@ -94,7 +94,6 @@ class Metrics:
         self.prefix = prefix
         self.registry = registry = CollectorRegistry()
         self.counts = counts
-        # Of all processes.
         self.collector = registry if counts is None else MultiProcessCollector(None, counts)  # type: ignore[no-untyped-call]
 
         def histogram(name: str, bounds: Sequence[float], text: str) -> Histogram:

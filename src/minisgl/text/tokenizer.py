@@ -67,9 +67,8 @@ class Tokenizer:
         return self.tool_template if tools else self.chat_template
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a plain prompt, with BOS where the model adds one.
-
-        Raises InvalidRequestError for text that is no valid Unicode, or too much for the tokenizer.
+        """Token ids of a plain prompt, with BOS where the model adds one. Raises InvalidRequestError for text that is
+        no valid Unicode, or too much for the tokenizer.
         """
         try:
             text.encode()
