@@ -88,9 +88,8 @@ def flags_from(args: Mapping[str, Any]) -> list[str]:
     flags: list[str] = []
     for name, value in args.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        flag = f"--{name.replace('_', '-')}"
         if text.lower() != "false":
-            flags.append(flag if text.lower() == "true" else f"{flag}={text}")
+            flags.append(flag_of(name) if text.lower() == "true" else f"{flag_of(name)}={text}")
     return flags
 
 
