@@ -103,8 +103,7 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint
 
 def config_from(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> Config:
     """The configuration that the flags and the environment say; a value out of range is the parser's error."""
-    names = {field.name for field in dataclasses.fields(Config)}
-    said = {name: value for name, value in vars(namespace).items() if name in names}
+    said = {name: value for name, value in vars(namespace).items() if name in Config.__dataclass_fields__}
     if (model := getattr(namespace, "positional_model", None)) is not None:
         if "model" in said:
             parser.error(f"the model is given twice: {model} and --model {namespace.model}")
