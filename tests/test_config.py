@@ -139,9 +139,9 @@ def test_the_largest_graph_follows_the_gpus_memory(settings: dict[str, Any], gib
 )
 def test_environment_switches(name: str, value: str, changes: dict[str, Any]) -> None:
     assert from_environment({name: value}) == Config(**changes)
-    for switch in ("MINISGL_DISABLE_OVERLAP_SCHEDULING", "LOG_LEVEL"):
+    for switch, wrong in (("MINISGL_DISABLE_OVERLAP_SCHEDULING", "2"), ("LOG_LEVEL", "2"), ("MINISGL_API_KEY", " ,")):
         with pytest.raises(ConfigError, match=switch):
-            from_environment({switch: "LOUD"})
+            from_environment({switch: wrong})
 
 
 def test_a_field_that_is_given_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

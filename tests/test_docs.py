@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minisgl.config import Config
+from minisgl.config import Config, flags_of
 from minisgl.core.model_config import ARCHITECTURES
 from minisgl.core.types import EngineStats
 from minisgl.server.metrics import Metrics, MetricsPage
@@ -19,7 +19,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 def test_features_name_every_flag_spelling_switch_and_choice() -> None:
     text = (ROOT / "docs" / "features.md").read_text()
     for field in dataclasses.fields(Config):
-        words = [*field.metadata["flags"], *field.metadata["choices"], *filter(None, [field.metadata["env"]])]
+        words = [*flags_of(field), *field.metadata["choices"], *filter(None, [field.metadata["env"]])]
         missing = [word for word in words if not re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text)]
         assert not missing, field.name
 

@@ -19,7 +19,7 @@ from helpers.constraints import Cycle, cycle
 from helpers.tiny_models import save_model
 from helpers.tiny_tokenizers import byte_fallback_json
 from minisgl import LLM, SamplingParams
-from minisgl.config import Config
+from minisgl.config import Config, make_config
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import Grammar
 from minisgl.errors import ConfigError, ContextLengthError, EngineDeadError, InvalidRequestError, UnknownKeywordError
@@ -122,7 +122,7 @@ def test_the_first_word_of_a_completion_keeps_its_space(tmp_path: Path) -> None:
         assert model.generate(prompt, stopped, progress=False)[0].text == ""
 
 
-def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM) -> None:
+def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     bad: list[tuple[Any, Any, str]] = [
         ([[1, 2], []], GREEDY, "at least one token"),
         ([[1] * 9000], GREEDY, "maximum context length"),
@@ -140,6 +140,9 @@ def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM) -> None:
     assert params.stop == ("END",)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
     assert llm.generate("a", params, progress=False)[0].token_ids
+    monkeypatch.setattr(llm, "tokenizer", None)
+    with pytest.raises(InvalidRequestError, match="no tokenizer"):
+        next(llm.stream([5], params))
 
 
 @pytest.mark.parametrize(
@@ -366,6 +369,14 @@ def test_a_keyword_that_there_is_not_is_answered_with_the_most_similar(made: Any
 def test_a_config_beside_fields_of_one_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="not both"):
         LLM(config=Config(), **fields)
+
+
+def test_settings_have_their_types_but_may_be_numpys_paths_and_any_sequences() -> None:
+    for name, value in (("page_size", "16"), ("tp", 1.5), ("num_pages", True), ("cache", None), ("memory_ratio", "1")):
+        with pytest.raises(ConfigError, match=rf"settings: Expected .*\.{name}"):
+            make_config(**{name: value})
+    given = {"page_size": np.int64(8), "request_timeout": 3, "model": Path("a"), "api_key": ["one"]}
+    assert make_config(**given) == Config(page_size=8, request_timeout=3.0, model="a", api_key=("one",))
 
 
 def test_the_notes_have_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

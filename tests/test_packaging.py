@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import minisgl
-from minisgl.config import Config
+from minisgl.config import Config, flags_of
 from minisgl.ray_app import GRACE_SECONDS, ArgumentParser, flags_from, parse
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ DEPLOYED = [ROOT / "Dockerfile", *sorted(path for path in (ROOT / "deploy").rglo
 MANIFESTS = [
     path for path in [*DEPLOYED, *sorted((ROOT / ".github").rglob("*.yml"))] if path.suffix in (".yaml", ".yml")
 ]
-FLAGS = {flag for field in dataclasses.fields(Config) for flag in field.metadata["flags"]}
+FLAGS = {flag for field in dataclasses.fields(Config) for flag in flags_of(field)}
 BLOB = "https://github.com/sgl-project/mini-sglang/blob/main/"
 
 

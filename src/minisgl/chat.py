@@ -17,7 +17,6 @@ from minisgl.errors import InvalidRequestError
 from minisgl.llm import LLM, Message
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, /help shows this; Ctrl-C stops an answer"
-PARAMS = SamplingParams(temperature=0.6, top_p=0.95)
 
 
 class Shell:
@@ -71,7 +70,7 @@ class Shell:
         """Print an answer as it comes, until there are `interrupts`, and its speed; returns what was printed."""
         parts: list[str] = []
         tokens, started, first = 0, time.perf_counter(), None
-        with closing(self.llm.stream(prompt, PARAMS)) as deltas:
+        with closing(self.llm.stream(prompt, SamplingParams(temperature=0.6, top_p=0.95))) as deltas:
             for delta in deltas:
                 first = first or time.perf_counter()
                 tokens += len(delta.token_ids)

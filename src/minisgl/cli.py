@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any, Final, NoReturn
 
 from minisgl import __version__
-from minisgl.config import Config, check, debugging, flag_of, from_environment, launcher, split_words
+from minisgl.config import Config, check, debugging, flag_of, flags_of, from_environment, launcher, split_words
 from minisgl.errors import ConfigError, MinisglError, did_you_mean
 from minisgl.system import open_standard_streams, print_text
 
@@ -79,12 +79,11 @@ def add_config_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] 
     for field in dataclasses.fields(Config):
         if title := GROUPS.get(field.name):
             group = None if title in without else parser.add_argument_group(title)
-        if group is not None and field.metadata["flags"]:
+        if group is not None and field.metadata["flag"]:
             add_flag(group, field, hints[field.name])
 
 
 def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> argparse.Action:
-    """Add one field's flag with all its spellings. A bool is a switch; `hint` T | None parses as T."""
     text = field.metadata["help"]
     options: dict[str, Any]
     if hint is bool:
@@ -99,13 +98,12 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint
         choices = field.metadata["choices"] or None
         options = {"type": hint, "choices": choices, "metavar": None if choices else METAVARS[hint]}
     options |= {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-    return group.add_argument(*field.metadata["flags"], **options)
+    return group.add_argument(*flags_of(field), **options)
 
 
 def config_from(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> Config:
     """The configuration that the flags and the environment say; a value out of range is the parser's error."""
-    names = {field.name for field in dataclasses.fields(Config)}
-    said = {name: value for name, value in vars(namespace).items() if name in names}
+    said = {name: value for name, value in vars(namespace).items() if name in Config.__dataclass_fields__}
     if (model := getattr(namespace, "positional_model", None)) is not None:
         if "model" in said:
             parser.error(f"the model is given twice: {model} and --model {namespace.model}")
@@ -149,15 +147,14 @@ def guarded(run: Callable[[], int]) -> int:
         return run()
     except MinisglError as error:
         if debugging():
-            print_text(traceback.format_exc(), sys.stderr)
-        print_text(f"error: {error.message}", sys.stderr)
+            print_text(traceback.format_exc())
+        print_text(f"error: {error.message}")
         return 1
     except KeyboardInterrupt:
         return 130
 
 
 def start(config: Config) -> int:
-    """Serve or chat until the end; the exit status."""
     launched = launcher(config.tp)
     if launched is not None and launched.rank > 0:
         from minisgl.distributed.worker import serve_rank
@@ -179,7 +176,6 @@ def start(config: Config) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `minisgl` and `python -m minisgl`; the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and not arguments[0].startswith("-"):  # perhaps of another package, such as bench
         for point in entry_points(group="minisgl.commands", name=arguments[0]):

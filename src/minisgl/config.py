@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
+from numbers import Integral
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -32,16 +33,17 @@ SURROGATE = re.compile(r"[\ud800-\udfff]")  # what Python makes of bytes on the 
 
 def setting(
     default: Any,
-    *flags: str,
     help: str,
+    *aliases: str,
+    flag: bool = True,
     env: str | None = None,
     choices: tuple[str, ...] = (),
     least: float | None = None,
     most: float = math.inf,
 ) -> Any:
-    """Declare a field of `Config`; `least` and `most` are the bounds of a number."""
-    metadata = {"flags": flags, "help": help, "env": env, "choices": choices, "least": least, "most": most}
-    return dataclasses.field(default=default, metadata=metadata)
+    """Declare a field of `Config`, whose flag is its name; `least` and `most` are the bounds of a number."""
+    shown = {"aliases": aliases, "help": help, "flag": flag, "env": env, "choices": choices}
+    return dataclasses.field(default=default, metadata={**shown, "least": least, "most": most})
 
 
 class KVEventsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,120 +71,100 @@ class Config:
 
     # fmt: off
     model: str | None = setting(
-        None, "--model", "--model-path", help="folder, GGUF file or Hub id; default: the bundled SmolLM2-135M-Instruct")
-    model_source: str = setting(
-        "huggingface", "--model-source", choices=("huggingface", "modelscope"), help="hub to download a model id from")
-    dummy_weight: bool = setting(
-        False, "--dummy-weight", "--dummy-weights", help="random weights, from the model's config alone")
+        None, "folder, GGUF file or Hub id; default: the bundled SmolLM2-135M-Instruct", "--model-path")
+    model_source: str = setting("huggingface", "hub to download a model id from", choices=("huggingface", "modelscope"))
+    dummy_weight: bool = setting(False, "random weights, from the model's config alone", "--dummy-weights")
     dtype: str = setting(
-        "auto", "--dtype", choices=("auto", "bfloat16", "float16", "float32"),
-        help="of weights and KV cache; auto: on a GPU bfloat16 for BF16 checkpoints, else float16; on the CPU float32")
+        "auto", "of weights and KV cache; auto: on a GPU bfloat16 for BF16 checkpoints, else float16; on a CPU float32",
+        choices=("auto", "bfloat16", "float16", "float32"))
     quantization: str | None = setting(
-        None, "--quantization", choices=("fp8", "int8"),
-        help="of the layers' matrices: fp8 (activations too), on the CPU int8 (the head too); default: as they are")
-    device: str = setting("auto", "--device", choices=("auto", "cpu", "cuda"), help="auto: cuda when there is a GPU")
+        None, "of the layers' matrices: fp8 (activations too), on the CPU int8 (the head too); default: as they are",
+        choices=("fp8", "int8"))
+    device: str = setting("auto", "auto: cuda when there is a GPU", choices=("auto", "cpu", "cuda"))
     max_seq_len_override: int | None = setting(
-        None, "--max-seq-len-override", least=2, help="tokens of prompt and output together; default: the model's own")
+        None, "tokens of prompt and output together; default: the model's own", least=2)
 
-    tp: int = setting(
-        1, "--tp", "--tp-size", "--tensor-parallel-size", least=1, help="tensor parallelism: GPUs that share a layer")
-    disable_pynccl: bool = setting(
-        False, "--disable-pynccl", help="call NCCL through torch.distributed instead of nccl4py")
+    tp: int = setting(1, "tensor parallelism: GPUs that share a layer", "--tp-size", "--tensor-parallel-size", least=1)
+    disable_pynccl: bool = setting(False, "call NCCL through torch.distributed instead of nccl4py")
     all_reduce: str = setting(
-        "auto", "--all-reduce", choices=("auto", "fused", "nccl"),
-        help="fused (with the norm, in steps of up to 512 tokens), nccl, or auto: fused where it works")
+        "auto", "fused (with the norm, in steps of up to 512 tokens), nccl, or auto: fused where it works",
+        choices=("auto", "fused", "nccl"))
 
-    max_running_requests: int | None = setting(
-        None, "--max-running-requests", least=1, help="requests in a batch (default: 256; 1 in the shell)")
+    max_running_requests: int | None = setting(None, "requests in a batch (default: 256; 1 in the shell)", least=1)
     max_prefill_length: int | None = setting(
-        None, "--max-prefill-length", "--max-extend-length", least=1,
-        help=f"chunked prefill: prompt tokens a step (default: 8192; {CPU_PREFILL_LENGTH} on the CPU)")
+        None, f"chunked prefill: prompt tokens a step (default: 8192; {CPU_PREFILL_LENGTH} on the CPU)",
+        "--max-extend-length", least=1)
     schedule_policy: str = setting(
-        "fcfs", "--schedule-policy", "--policy",
-        help=f"whose prompt is next: {', '.join(SCHEDULE_POLICIES)}, or path.py:Class; parameters: lpm:patience=5")
+        "fcfs", f"whose prompt is next: {', '.join(SCHEDULE_POLICIES)}, or path.py:Class; parameters: lpm:patience=5",
+        "--policy")
     overlap: bool = setting(
-        True, help="schedule the next step while the current one runs", env="MINISGL_DISABLE_OVERLAP_SCHEDULING")
+        True, "schedule the next step while the current one runs", flag=False, env="MINISGL_DISABLE_OVERLAP_SCHEDULING")
     launch_ahead: str = setting(
-        "just-in-time", "--launch-ahead", choices=("just-in-time", "one-step"),
-        help="a server launches the next step just before the running one ends, or as soon as that begins")
+        "just-in-time", "a server launches the next step just before the running one ends, or as soon as that begins",
+        choices=("just-in-time", "one-step"))
 
-    page_size: int = setting(16, "--page-size", least=1, most=256, help="tokens in a KV page")
-    num_pages: int | None = setting(
-        None, "--num-pages", least=1, help="KV pages; default: as many as fit into the free memory")
+    page_size: int = setting(16, "tokens in a KV page", least=1, most=256)
+    num_pages: int | None = setting(None, "KV pages; default: as many as fit into the free memory", least=1)
     memory_ratio: float | None = setting(
-        None, "--memory-ratio", help="share of the free memory to use (default: 0.9; on the CPU at most 2 GiB of KV)")
+        None, "share of the free memory to use (default: 0.9; on the CPU at most 2 GiB of KV)")
     kv_cache_dtype: str = setting(
-        "auto", "--kv-cache-dtype", choices=("auto", "fp8_e4m3"),
-        help="of keys and values: auto is --dtype, fp8_e4m3 takes half of its bytes")
+        "auto", "of keys and values: auto is --dtype, fp8_e4m3 takes half of its bytes", choices=("auto", "fp8_e4m3"))
     cache: str = setting(
-        "radix", "--cache", "--cache-type", choices=("radix", "naive"),
-        help="prefix cache: radix shares the KV of common prefixes, naive shares nothing")
-    eviction: str = setting(
-        "lru", "--eviction", help=f"what the prefix cache drops first: {', '.join(EVICTIONS)}, or path.py:Class")
+        "radix", "prefix cache: radix shares the KV of common prefixes, naive shares nothing",
+        "--cache-type", choices=("radix", "naive"))
+    eviction: str = setting("lru", f"what the prefix cache drops first: {', '.join(EVICTIONS)}, or path.py:Class")
 
     attn: str = setting(
-        "auto", "--attn", "--attention-backend",
-        help=f"attention backend: one of {', '.join(ATTENTION_BACKENDS)} or auto; or two, prefill,decode")
+        "auto", f"attention backend: one of {', '.join(ATTENTION_BACKENDS)} or auto; or two, prefill,decode",
+        "--attention-backend")
     cuda_graph_max_bs: int | None = setting(
-        None, "--cuda-graph-max-bs", "--graph", least=0,
-        help="largest decode batch captured as a CUDA graph; 0: none; default: 16 to 256, by the GPU's memory")
+        None, "largest decode batch captured as a CUDA graph; 0: none; default: 16 to 256, by the GPU's memory",
+        "--graph", least=0)
     piecewise_cuda_graph_max_tokens: int | None = setting(
-        None, "--piecewise-cuda-graph-max-tokens", least=0,
-        help=f"largest prefill step with CUDA graphs, in tokens; 0: none (default: {PIECEWISE_TOKENS} with graphs)")
+        None, f"largest prefill step with CUDA graphs, in tokens; 0: none (default: {PIECEWISE_TOKENS} with graphs)",
+        least=0)
 
-    trace_steps: str | None = setting(
-        None, "--trace-steps", help="file for a trace of every step in Chrome's format, which Perfetto opens")
-    record: str | None = setting(
-        None, "--record", help="file for arrivals, lengths and hashes of prompts, no text; `bench` replays it")
+    trace_steps: str | None = setting(None, "file for a trace of every step in Chrome's format, which Perfetto opens")
+    record: str | None = setting(None, "file for arrivals, lengths and hashes of prompts, no text; `bench` replays it")
 
-    host: str = setting("127.0.0.1", "--host", help="address that the server listens on")
-    port: int = setting(1919, "--port", least=0, most=MAX_PORT, help="port that the server listens on; 0: any free one")
+    host: str = setting("127.0.0.1", "address that the server listens on")
+    port: int = setting(1919, "port that the server listens on; 0: any free one", least=0, most=MAX_PORT)
     served_model_name: tuple[str, ...] = setting(
-        (), "--served-model-name", help="model names that clients may use, answers have the first; default: --model")
-    api_workers: int = setting(
-        1, "--api-workers", least=1, most=64, help="processes that serve HTTP, in front of one engine")
-    debug_endpoints: bool = setting(
-        False, "--debug-endpoints", help="serve GET /debug/engine and /debug/events: requests, pages, steps")
-    shell: bool = setting(False, "--shell", "--shell-mode", help="chat in this terminal instead of serving HTTP")
-    log_level: str = setting("INFO", help=", ".join(LOG_LEVELS[:-1]) + " or ERROR", env="LOG_LEVEL")
+        (), "model names that clients may use, answers have the first; default: --model")
+    api_workers: int = setting(1, "processes that serve HTTP, in front of one engine", least=1, most=64)
+    debug_endpoints: bool = setting(False, "serve GET /debug/engine and /debug/events: requests, pages, steps")
+    shell: bool = setting(False, "chat in this terminal instead of serving HTTP", "--shell-mode")
+    log_level: str = setting("INFO", ", ".join(LOG_LEVELS[:-1]) + " or ERROR", flag=False, env="LOG_LEVEL")
 
-    metrics_prefix: str = setting(
-        "minisgl", "--metrics-prefix", choices=("minisgl", "vllm", "sglang"), help="whose names /metrics has")
+    metrics_prefix: str = setting("minisgl", "whose names /metrics has", choices=("minisgl", "vllm", "sglang"))
     kv_events_config: str | None = setting(
-        None, "--kv-events-config", help="publish the prefix cache's changes to routers: JSON, as vLLM's; default: off")
+        None, "publish the prefix cache's changes to routers: JSON, as vLLM's; default: off")
 
     api_key: tuple[str, ...] = setting(
-        (), "--api-key", env="MINISGL_API_KEY",
-        help="keys of which clients must send one; the environment hides them from ps; default: none needed")
-    allow_public: bool = setting(
-        False, "--allow-public", help="listen on an address that other machines reach even without --api-key")
+        (), "keys of which clients must send one; the environment hides them from ps; default: none needed",
+        env="MINISGL_API_KEY")
+    allow_public: bool = setting(False, "listen on an address that other machines reach even without --api-key")
     allowed_hosts: tuple[str, ...] = setting(
-        (), "--allowed-hosts",
-        help="names that a request's Host may have, such as *.example.com; * for any; "
+        (), "names that a request's Host may have, such as *.example.com; * for any; "
         "default: without key and --allow-public localhost and the like, else any")
     client_priorities: tuple[str, ...] = setting(
-        (), "--client-priorities",
-        help="priorities that requests may ask for, LOW:HIGH; N=LOW:HIGH for the N-th --api-key; default: all ignored")
-    cors_origins: tuple[str, ...] = setting(
-        (), "--cors-origins", help="origins whose web pages may call the server; * for all; default: none")
+        (), "priorities that requests may ask for, LOW:HIGH; N=LOW:HIGH for the N-th --api-key; default: all ignored")
+    cors_origins: tuple[str, ...] = setting((), "origins whose web pages may call the server; * for all; default: none")
 
-    ssl_certfile: str | None = setting(None, "--ssl-certfile", help="PEM certificate chain; the server speaks TLS")
-    ssl_keyfile: str | None = setting(None, "--ssl-keyfile", help="PEM private key of --ssl-certfile")
+    ssl_certfile: str | None = setting(None, "PEM certificate chain; the server speaks TLS")
+    ssl_keyfile: str | None = setting(None, "PEM private key of --ssl-certfile")
 
-    max_queued_requests: int | None = setting(
-        None, "--max-queued-requests", least=1, help="requests that wait; more get 429; default: no limit")
-    max_queued_tokens: int | None = setting(
-        None, "--max-queued-tokens", least=1, help="prompt tokens that wait; more get 429; default: no limit")
+    max_queued_requests: int | None = setting(None, "requests that wait; more get 429; default: no limit", least=1)
+    max_queued_tokens: int | None = setting(None, "prompt tokens that wait; more get 429; default: no limit", least=1)
     max_body_size: int | None = setting(
-        None, "--max-body-size", least=1024,
-        help="bytes of a request's body; default: 4 MiB and the longest text of a full context, at most 16 MiB")
+        None, "bytes of a request's body; default: 4 MiB and the longest text of a full context, at most 16 MiB",
+        least=1024)
 
     request_timeout: float | None = setting(
-        None, "--request-timeout", help="seconds of a request, queue included, before a 504; default: no limit")
+        None, "seconds of a request, queue included, before a 504; default: no limit")
     write_timeout: float = setting(
-        30.0, "--write-timeout", help="seconds a client may leave its full receive buffer unread before it is cut off")
-    drain_timeout: float = setting(
-        30.0, "--drain-timeout", help="seconds running requests may go on after SIGTERM or Ctrl-C")
+        30.0, "seconds a client may leave its full receive buffer unread before it is cut off")
+    drain_timeout: float = setting(30.0, "seconds running requests may go on after SIGTERM or Ctrl-C")
     # fmt: on
 
     def replace(self, **changes: Any) -> "Config":
@@ -227,13 +209,19 @@ class Resolved:
 
 
 def make_config(**settings: Any) -> Config:
-    """These fields, the rest from the environment. Raises UnknownKeywordError with the field that a flag is of."""
+    """These fields, the rest from the environment. Raises UnknownKeywordError with the field that a flag is of, and
+    ConfigError for a value that is not of its field's type.
+    """
     fields = Config.__dataclass_fields__
     for name in settings.keys() - fields:
-        meant = [field.name for field in fields.values() if f"--{name.replace('_', '-')}" in field.metadata["flags"]]
+        meant = [field.name for field in fields.values() if flag_of(name) in field.metadata["aliases"]]
         hint = f"; did you mean {meant[0]}?" if meant else did_you_mean(name, fields)
         raise UnknownKeywordError(f"there is no setting {name}{hint}")
-    return from_environment().replace(**settings)
+    try:
+        given = msgspec.to_builtins(settings, enc_hook=lambda v: int(v) if isinstance(v, Integral) else str(v))
+        return msgspec.convert({**dataclasses.asdict(from_environment()), **given}, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"settings: {error}") from error
 
 
 def from_environment(environ: Mapping[str, str] = os.environ) -> Config:
@@ -247,7 +235,9 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Config:
             raise ConfigError(f"LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR, got {value!r}")
         changes["log_level"] = value.upper()
     if value := environ.get("MINISGL_API_KEY"):
-        changes["api_key"] = split_words([value])
+        if not (keys := split_words([value])):
+            raise ConfigError("MINISGL_API_KEY must hold a key, or be unset or empty for none")
+        changes["api_key"] = keys
     return Config(**changes)
 
 
@@ -362,7 +352,11 @@ def priority_ranges(values: Iterable[str]) -> dict[int, tuple[int, int]]:
 
 
 def flag_of(name: str) -> str:
-    return str(Config.__dataclass_fields__[name].metadata["flags"][0])
+    return f"--{name.replace('_', '-')}"
+
+
+def flags_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+    return (flag_of(field.name), *field.metadata["aliases"]) if field.metadata["flag"] else ()
 
 
 def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32") -> Resolved:
@@ -411,15 +405,14 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
     if torch_decodes and config.cuda_graph_max_bs:
         raise ConfigError(f"--attn {config.attn}: torch decodes without CUDA graphs; give --cuda-graph-max-bs 0")
     graphs = config.cuda_graph_max_bs
-    if graphs is None and (device == "cpu" or torch_decodes):
-        graphs = 0
-        why = "the CPU has no CUDA graphs" if device == "cpu" else "decode through torch cannot be captured"
-        choose("cuda_graph_max_bs", graphs, why)
-    elif graphs is None:
+    if graphs is None:
         gib = machine.memory / 2**30  # of which graphs and padding take some
         largest = next(size for least, size in ((64, 256), (30, 128), (15, 64), (0, 16)) if gib >= least)
         graphs = min(largest, running)
         why = f"the GPU has {gib:.0f} GiB" if largest <= running else "as many as may run"
+        if device == "cpu" or torch_decodes:
+            graphs = 0
+            why = "the CPU has no CUDA graphs" if device == "cpu" else "decode through torch cannot be captured"
         choose("cuda_graph_max_bs", graphs, why)
     if config.max_prefill_length is None:
         cpu, gpu = (CPU_PREFILL_LENGTH, "keeps a step on the CPU to seconds"), (8192, "default")

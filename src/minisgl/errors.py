@@ -21,8 +21,7 @@ class MinisglError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
-        if code is not None:
-            self.code = code
+        self.code = code or self.code
 
 
 class ConfigError(MinisglError):

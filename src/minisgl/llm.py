@@ -5,7 +5,7 @@ import itertools
 import operator
 import signal
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from numbers import Integral
 from types import FrameType
@@ -25,6 +25,7 @@ Conversations = Sequence[Message] | Sequence[Sequence[Message]]
 Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[Prompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
+Step = list[tuple[RequestOutput, TokenEvent, str]]  # with the text that an event adds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,17 +88,17 @@ class LLM:
         anything is generated when one of them cannot be served. Ctrl-C ends the completions after the current step,
         and the model can be used again.
         """
-        several = as_list(prompts)
+        several: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if several and isinstance(several[0], Integral):  # the ids of one
+            several = [several]
         self._require_idle()
         params = SamplingParams() if sampling_params is None else sampling_params
         each = [with_types(params)] * len(several) if isinstance(params, SamplingParams) else [*map(with_types, params)]
         if len(each) != len(several):
             raise InvalidRequestError(f"{len(several)} prompts, but {len(each)} sampling_params")
-        requests = [self._request(prompt, p) for prompt, p in zip(several, each, strict=True)]
-        streams = {r.id: self.text.stream(r.params, prompt=r.prompt) for r in requests if r.params.stop}
-        outputs = {r.id: RequestOutput(r, streams.get(r.id)) for r in requests}
+        outputs = [self._output(prompt, p, bool(p.stop)) for prompt, p in zip(several, each, strict=True)]
         self._run(outputs, progress)
-        return [self._completion(output) for output in outputs.values()]
+        return [self._completion(output) for output in outputs]
 
     def chat(
         self, messages: Conversations, sampling_params: Params = None, *, progress: bool = True, **template: Any
@@ -110,12 +111,11 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[Delta, None, None]:
         """Complete one prompt, a delta a step. Closing the iterator early aborts the request."""
         self._require_idle()
-        request = self._request(prompt, with_types(sampling_params or SamplingParams()))
-        decoder = None if self.tokenizer is None else self.tokenizer.stream(request.params, prompt=request.prompt)
-        output = RequestOutput(request, decoder)
-        with closing(self._steps({request.id: output})) as steps:
+        params = with_types(sampling_params or SamplingParams())
+        output = self._output(prompt, params, bool(params.stop) or self.tokenizer is not None)
+        with closing(self._steps([output])) as steps:
             for step in steps:
-                for event, text in step:
+                for _, event, text in step:
                     yield Delta(text=text, token_ids=event.tokens, finish_reason=output.finish)
 
     @property
@@ -129,48 +129,49 @@ class LLM:
         if self.engine.has_work:
             raise InvalidRequestError("another completion is still being streamed: finish or close it first")
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _output(self, prompt: Prompt, params: SamplingParams, decodes: bool) -> RequestOutput:
         ids = self.text.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
         params = self.text.with_bad_words(params.validate()) if params.bad_words else params
         ids = self.model.truncate(ids, params)
         self.model.check(ids, params)
-        return Request.make(str(next(self._ids)), ids, params)
+        request = Request.make(str(next(self._ids)), ids, params)
+        return RequestOutput(request, self.text.stream(params, prompt=request.prompt) if decodes else None)
 
-    def _run(self, outputs: Mapping[str, RequestOutput], progress: bool) -> None:
+    def _run(self, outputs: Sequence[RequestOutput], progress: bool) -> None:
         rate = TextColumn("{task.fields[rate]}")
         columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), rate
         with Progress(*columns, disable=not progress) as bar, closing(self._steps(outputs)) as steps:
             task = bar.add_task("", total=len(outputs), rate="")
             generated = ended = 0
             for step in steps:
-                generated += sum(len(event.tokens) for event, _ in step)
-                ended += sum(outputs[event.id].finish is not None for event, _ in step)
+                generated += sum(len(event.tokens) for _, event, _ in step)
+                ended += sum(output.finish is not None for output, _, _ in step)
                 elapsed = bar.tasks[task].elapsed or 0.0
                 bar.update(task, completed=ended, rate=f"{generated / elapsed:,.0f} tok/s" if elapsed > 0 else "")
 
-    def _steps(self, outputs: Mapping[str, RequestOutput]) -> Generator[list[tuple[TokenEvent, str]], None, None]:
-        """Run all to their end: the events of each step with their texts. When this ends, nothing is in the engine."""
-        unfinished = set(outputs)
+    def _steps(self, outputs: Sequence[RequestOutput]) -> Generator[Step, None, None]:
+        """Run all to their end: what comes of each in a step. When this ends, nothing is in the engine."""
+        unfinished = {output.request.id: output for output in outputs}
         try:
-            for output in outputs.values():
+            for output in outputs:
                 with defer_sigint():
                     self.engine.add(output.request)
             while unfinished:
-                step: list[tuple[TokenEvent, str]] = []
+                step: Step = []
                 with defer_sigint():
                     for event in self.engine.step():
                         if event.id not in unfinished:  # it has ended, by a stop string
                             continue
-                        output = outputs[event.id]
-                        step.append((event, output.take(event)))
+                        output = unfinished[event.id]
+                        step.append((output, event, output.take(event)))
                         if output.finish is not None:
-                            unfinished.discard(event.id)
+                            del unfinished[event.id]
                             if event.finish is None:
                                 self.engine.abort([event.id])
                 yield step
         finally:
             with defer_sigint():
-                self.engine.abort(outputs)
+                self.engine.abort(unfinished)
                 while self.engine.has_work:
                     self.engine.step()
 
@@ -190,13 +191,6 @@ class LLM:
             stop_reason=output.stop_reason,
             error=output.error,
         )
-
-
-def as_list(prompts: Prompts) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    several: list[Any] = list(prompts)
-    return [several] if several and isinstance(several[0], Integral) else several
 
 
 def as_ids(prompt: Iterable[Any]) -> list[int]:

@@ -80,7 +80,6 @@ def load_eviction(spec: str) -> EvictionPolicy:
 
 
 def construct(spec: str, shipped: Mapping[str, Callable[..., T]], group: str, base: type[T]) -> T:
-    """An object of the class that a specification names, with its parameters."""
     source, *rest = spec.split(":")
     maker: Any = shipped.get(source)
     if source.endswith(".py"):

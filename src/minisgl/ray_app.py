@@ -7,7 +7,6 @@ import math
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -19,7 +18,7 @@ from minisgl.config import Config, flag_of
 from minisgl.errors import ConfigError, ModelError
 from minisgl.formats.hub import find_local
 from minisgl.server.engine_client import MAX_LIVE
-from minisgl.server.launch import check_public, listen_socket, print_status
+from minisgl.server.launch import address, check_public, listen_socket
 from minisgl.system import install_command, print_text
 
 if TYPE_CHECKING:
@@ -89,9 +88,8 @@ def flags_from(args: Mapping[str, Any]) -> list[str]:
     flags: list[str] = []
     for name, value in args.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        flag = f"--{name.replace('_', '-')}"
         if text.lower() != "false":
-            flags.append(flag if text.lower() == "true" else f"{flag}={text}")
+            flags.append(flag_of(name) if text.lower() == "true" else f"{flag_of(name)}={text}")
     return flags
 
 
@@ -175,7 +173,7 @@ def run(config: Config, scale: Scale) -> int:
     find_local(config.model)
     with listen_socket(config.host, config.port) as listener:  # what is wrong with it is said before Ray starts
         check_public(config, listener)
-        port = listener.getsockname()[1]
+        port, url = listener.getsockname()[1], address(listener, config)
     try:
         ray.init(include_dashboard=False)
     except ConnectionError as error:
@@ -186,14 +184,13 @@ def run(config: Config, scale: Scale) -> int:
         raise ConfigError("Ray Serve runs in this cluster already: use serve deploy, with minisgl.ray_app:build")
     tls = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
     serve.start(http_options={"host": config.host, "port": port, **tls})
-    print_status("starting the replicas …")
+    print_text("starting the replicas …")
     try:
         serve.run(build_application(config, scale), name=NAME, route_prefix="/", blocking=False)
-        scheme = "http" if config.ssl_certfile is None else "https"
-        print_text(f"\nMini-SGLang {__version__} is ready on {scheme}://{config.host}:{port}/v1\n", sys.stdout)
+        print_text(f"\nMini-SGLang {__version__} is ready on {url}/v1\n", to_stdout=True)
         threading.Event().wait()
     except KeyboardInterrupt:
-        print_status("stopping; once more to stop at once")
+        print_text("stopping; once more to stop at once")
         # A Ray that is broken is waited for without end, and not in Python, where a second signal would be seen.
         watchdog = threading.Timer(config.drain_timeout + STOP_SECONDS, os._exit, (1,))
         watchdog.daemon = True

@@ -45,7 +45,6 @@ PING_TIMEOUT: Final = 10.0  # s; a step with prompts takes seconds on a CPU
 LAST_ERRORS_SECONDS: Final = 0.5  # for the errors of its requests to leave a replica whose engine has ended
 LEASE_SECONDS: Final = 30.0  # of an ingress, which renews it; without that its requests end
 RENEW_SECONDS: Final = 5.0
-RETRY_SECONDS: Final = 5
 # Before a request that has no token yet is tried once more, s: a replica that dies is gone after some of them.
 RETRY_DELAYS: Final = (0.5, 1.0, 2.0)
 
@@ -174,7 +173,7 @@ class ReplicaClient(EngineClient):
                     return said
                 self._on_events(msgspec.msgpack.decode(said, type=ipc.Events), time.monotonic())
         except BackPressureError:
-            return OverloadedError("all replicas are busy; try again later", RETRY_SECONDS)
+            return OverloadedError("all replicas are busy; try again later")
         except (RayActorError, RayServeException):
             return EngineDeadError("the replica that generated this ended")
         finally:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import weakref
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 PREFIX = "minisgl-"  # of a folder's name
 MAX_PATH = 88  # characters before the random ones of a folder's name; the path of a Unix socket has at most 107
@@ -53,8 +53,9 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
 
 
-def print_text(text: str, stream: TextIO | None) -> None:
+def print_text(text: str, to_stdout: bool = False) -> None:
     """Print where perhaps nobody reads: into a closed pipe, onto a full disk, in a terminal that is gone."""
+    stream = sys.stdout if to_stdout else sys.stderr
     with contextlib.suppress(OSError, ValueError):
         if stream is not None:
             print(text, file=stream, flush=True)
@@ -92,10 +93,10 @@ def end_helper(process: subprocess.Popen[bytes], link: socket.socket, replies: B
     process.wait()
 
 
-def limit_memory(more: int) -> None:
-    """The kernel gives this process at most so many bytes of address space more than it has, and writes no core."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + more, used + more))
+def limit_memory() -> None:
+    """The kernel gives this process at most 1 GB of address space more than it has, and writes no core."""
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (1 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

@@ -19,13 +19,12 @@ from helpers.tiny_tokenizers import write_tokenizer
 STUB = [sys.executable, "-m", "helpers.stub_engine"]
 MAIN = """
 import json, sys
-from minisgl.config import from_environment
+from minisgl.config import make_config
 from minisgl.errors import MinisglError
 from minisgl.server.launch import serve
 flags, *command = sys.argv[1:]
-flags = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(flags).items()}
 try:
-    serve(from_environment().replace(**flags), command)
+    serve(make_config(**json.loads(flags)), command)
 except MinisglError as error:
     sys.exit(f"error: {error.message}")
 """
@@ -114,8 +113,7 @@ def read_metrics(page: str) -> dict[str, float]:
 
 
 def api_processes(pid: int) -> list[int]:
-    module = b"minisgl.server.api_process"
-    return [child for child in children(pid) if module in command_line(child)]
+    return [child for child in children(pid) if b"minisgl.server.api_process" in command_line(child)]
 
 
 def engine_of(pid: int) -> int:

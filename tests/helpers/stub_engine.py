@@ -74,8 +74,7 @@ class StubEngine:
 
     def _send_events(self, events: list[TokenEvent]) -> None:
         for link in self._links:
-            own = [event for event in events if self._owners.get(event.id) is link]
-            if own:
+            if own := [event for event in events if self._owners.get(event.id) is link]:
                 self.send(ipc.Events(own), link)
 
     def _handle(self, message: ipc.ToEngine, link: asyncio.StreamWriter) -> None:
@@ -84,8 +83,7 @@ class StubEngine:
                 self.seen.append(request)
                 self._owners[request.id] = link
                 if self.refuse is not None:
-                    event = TokenEvent(id=request.id, finish=FinishReason.ERROR, error=self.refuse)
-                    self._send_events([event])
+                    self._send_events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=self.refuse)])
                 else:
                     self.live[request.id] = (request, 0)
                     self._changed.set()
@@ -189,8 +187,7 @@ async def serve_process() -> None:
     if mode == "exit":
         sys.exit(3)
     delay, context = float(os.environ.get("STUB_DELAY", "0.01")), int(os.environ.get("STUB_CONTEXT", "512"))
-    tokenizer = Tokenizer.load(folder)
-    size = tokenizer.backend.get_vocab_size()
+    size = Tokenizer.load(folder).backend.get_vocab_size()
     model = ModelInfo(name="stub", vocab_size=size, max_seq_len=context, eos_token_ids=(1,))
     engine = StubEngine(start["folder"], model, folder, delay)
     engine.deaf = mode == "deaf"

@@ -237,7 +237,7 @@ def admin_rows(server: Serving) -> Iterator[Row]:
         "dp_rank_count": 1, "aggregate.total_tokens": 480, **{f"loads.0.{name}": value for name, value in load.items()}
     }  # fmt: skip
     yield "load", "/load", None, {"server_load": 0}
-    yield "tokens", "/v1/tokenize", {"prompt": "hi there"}, {"tokens": ids, "max_model_len": 128}
+    yield "tokens", "/v1/tokenize", {"prompt": "hi there", "messages": None}, {"tokens": ids, "max_model_len": 128}
     yield "text", "/v1/detokenize", {"tokens": ids}, {"prompt": "hi there"}
 
 

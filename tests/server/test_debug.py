@@ -23,8 +23,7 @@ PROMPT = list(range(8, 28))
 @pytest.fixture
 async def busy(tmp_path: Path) -> AsyncIterator[tuple[Web, EngineThread]]:
     settings: dict[str, Any] = {"num_pages": 16, "max_running_requests": 2, "max_prefill_length": 16}
-    flags = {"debug_endpoints": True}
-    async with simulated(tmp_path, flags=flags, **settings) as running:
+    async with simulated(tmp_path, flags={"debug_endpoints": True}, **settings) as running:
         yield running
 
 

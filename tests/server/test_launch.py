@@ -57,11 +57,10 @@ def test_what_the_engine_cannot_start_for_is_said(
 def test_an_engine_that_cannot_start_ends_by_itself(tmp_path: Path) -> None:
     setup = msgspec.json.encode(EngineSetup(Config(model=str(tmp_path / "none")), str(tmp_path))) + b"\n"
     # Its stdin stays open, as the parent leaves it until it has read what was wrong.
-    with subprocess.Popen(ENGINE_COMMAND, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as engine:
+    with subprocess.Popen(ENGINE_COMMAND, stdin=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as engine:
         assert engine.stdin is not None
         assert engine.stderr is not None
         engine.stdin.write(setup)
-        engine.stdin.flush()
         try:
             assert engine.wait(60) == 1
         finally:

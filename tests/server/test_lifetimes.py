@@ -50,7 +50,7 @@ async def test_aborting_keeps_what_belongs_to_others_and_drops_the_rest(server: 
         async for batch in submission.batches():
             events += batch.events
             if len(events) > 10:
-                submission.abort(["a"])
+                submission.abort("a")
     tokens = {i: [t for e in events if e.id == i for t in e.tokens] for i in "ab"}
     assert len(tokens["b"]) == 50
     assert len(tokens["a"]) < 50

@@ -40,8 +40,7 @@ async def test_tls_with_the_operators_certificate(tmp_path: Path) -> None:
 def test_tls_files_that_cannot_be_used_are_an_error_before_anything_is_loaded(tmp_path: Path) -> None:
     certfile, keyfile = write_certificate(tmp_path)
     check_certificate(Config(ssl_certfile=certfile, ssl_keyfile=keyfile))
-    other = tmp_path / "other"
-    other.mkdir()
+    (other := tmp_path / "other").mkdir()
     _, stranger = write_certificate(other)
     for cert, key in ((certfile, "/no/such"), (certfile, stranger), (keyfile, certfile)):
         with pytest.raises(ConfigError, match=r"--ssl-certfile .*: ."):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Histogram, generate_latest
 from prometheus_client.multiprocess import mark_process_dead
 
 from helpers.server_process import read_metrics
@@ -131,7 +131,7 @@ def test_the_processes_of_a_server_are_counted_together(tmp_path: Path) -> None:
     mark_process_dead(ended, counts)  # type: ignore[no-untyped-call]
     metrics = Metrics(counts)
     assert (set(metrics.silences()), metrics.num_silent()) == ({hanging, working}, 1)
-    page = MetricsPage(metrics, EngineStats(), True, "m", 16).render().decode()
+    page = generate_latest(MetricsPage(metrics, EngineStats(), True, "m", 16)).decode()
     for line in (
         'minisgl:time_to_first_token_seconds_bucket{le="0.025",model_name="m"} 4.0',
         'minisgl:request_success_total{finished_reason="stop",model_name="m"} 4.0',
@@ -193,7 +193,7 @@ GATEWAY_NAMES = {
 @pytest.mark.parametrize("prefix", GATEWAY_NAMES)
 def test_gateways_find_the_names_they_read(prefix: str) -> None:
     stats = EngineStats(pages_total=10, pages_free=2, pages_cached=5, pages_evictable=4)
-    page = MetricsPage(Metrics(prefix=prefix), stats, True, "m", 16).render().decode()
+    page = generate_latest(MetricsPage(Metrics(prefix=prefix), stats, True, "m", 16)).decode()
     names = {line.split("{")[0] for line in page.splitlines() if not line.startswith("#")}
     assert {f"{prefix}:{name}" for name in GATEWAY_NAMES[prefix]} <= names
     assert not any(name.startswith("minisgl:") for name in names)

@@ -129,7 +129,7 @@ def test_closed_streams_are_replaced_and_others_kept(monkeypatch: pytest.MonkeyP
     open_standard_streams()
     assert sys.stdout is kept
     monkeypatch.setattr(sys, "stderr", None)
-    print_text("to nobody", sys.stderr)
+    print_text("to nobody")
     open_standard_streams()
     assert sys.stderr.fileno() == 2
 

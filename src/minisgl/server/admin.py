@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+from prometheus_client import generate_latest
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -17,7 +18,6 @@ from minisgl.core.types import EngineStats, SamplingParams, StepRecord
 from minisgl.core.types import Request as EngineRequest
 from minisgl.errors import EngineDeadError, InvalidRequestError
 from minisgl.server import responses
-from minisgl.server.engine_client import DRAIN_RETRY_SECONDS
 from minisgl.server.errors import ApiProcessError, DrainingError, OverloadedError, QueueFullError
 from minisgl.server.metrics import CONTENT_TYPE, MetricsPage
 from minisgl.server.openapi import ApiRoute
@@ -61,7 +61,7 @@ def admin_routes(api: Api) -> list[ApiRoute]:
         if client.dead is not None:
             raise client.dead
         if client.draining:
-            raise DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
+            raise DrainingError("the server is shutting down")
         return json_response(responses.IsReady())
 
     async def version(_: Request) -> Response:
@@ -103,7 +103,7 @@ def admin_routes(api: Api) -> list[ApiRoute]:
             await client.ping(SCRAPE_TIMEOUT)
         rate, size = scrape_rate.since_last(client.stats.generated_tokens), api.config.page_size
         page = MetricsPage(client.metrics, client.stats, client.dead is None, preparation.names[0], size, rate)
-        return Response(page.render(), media_type=CONTENT_TYPE)
+        return Response(generate_latest(page), media_type=CONTENT_TYPE)
 
     async def flush_cache(request: Request) -> Response:
         """Drop every cached page that no request uses."""

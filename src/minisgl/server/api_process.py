@@ -24,7 +24,6 @@ from typing import Any, BinaryIO, Literal
 import h11
 import msgspec
 import uvicorn
-from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -55,7 +54,6 @@ MAX_CONNECTIONS = 16384  # of a process; an idle one takes some 20 KB
 SPARE_DESCRIPTORS = 128  # for connections that are refused and for what is no connection
 REFUSED_AT_ONCE = 32  # connections that are told so
 CROWD_SECONDS = 60.0  # between two lines in the log about too many connections
-CROWD_RETRY_SECONDS = 5
 ANSWER_SECONDS = 1.0  # in which requests are still answered, with 503, when the engine has ended or was given up
 
 logger = logging.getLogger(__name__)
@@ -85,11 +83,10 @@ class AccessLog:
                 message = {**message, "headers": [*message["headers"], header]}
             await send(message)
 
-        token = ACCESS_RECORD.set(record)
+        ACCESS_RECORD.set(record)  # each request has a task of its own
         try:
             await self.app(scope, receive, send_noting)
         finally:
-            ACCESS_RECORD.reset(token)
             level = logging.DEBUG if record.path in QUIET_PATHS else logging.INFO
             access_logger.log(level, "%s", record.describe(time.monotonic()))
 
@@ -208,22 +205,20 @@ class Crowd:
 
     def enter(self, connection: "BoundedProtocol", count: int) -> None:
         """Take in a new connection, the last of `count`."""
-        if count <= self.bound:
-            self.idle[connection] = None
-            return
-        if self.idle:
+        if count > self.bound:
+            if (now := time.monotonic()) >= self._next_line:
+                logger.warning("more than %d connections: idle ones are closed, or new ones refused", self.bound)
+                self._next_line = now + CROWD_SECONDS
+            if not self.idle:
+                error = OverloadedError("too many connections; try again later")
+                connection.app = error_response(error, connection="close")
+                if count > self.bound + REFUSED_AT_ONCE:
+                    connection.transport.abort()
+                return
             oldest = next(iter(self.idle))
             del self.idle[oldest]
             oldest.transport.close()
-            self.idle[connection] = None
-        else:
-            error = OverloadedError("too many connections; try again later", CROWD_RETRY_SECONDS)
-            connection.app = error_response(error, connection="close")
-            if count > self.bound + REFUSED_AT_ONCE:
-                connection.transport.abort()
-        if (now := time.monotonic()) >= self._next_line:
-            logger.warning("more than %d connections: idle ones are closed, or new ones refused", self.bound)
-            self._next_line = now + CROWD_SECONDS
+        self.idle[connection] = None
 
 
 class BoundedProtocol(H11Protocol):
@@ -336,7 +331,7 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def build_app(config: Config, client: EngineClient, ready: ipc.Ready, started: float) -> tuple[Starlette, ipc.Serving]:
+def build_app(config: Config, client: EngineClient, ready: ipc.Ready, started: float) -> tuple[ASGIApp, ipc.Serving]:
     """The application in front of an engine, without its middleware; `started` is on the monotonic clock."""
     model, folder = ready.model, Path(ready.folder)
     has_tokenizer = not config.dummy_weight or Tokenizer.exists(folder)

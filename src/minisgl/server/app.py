@@ -12,7 +12,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
@@ -38,7 +38,6 @@ class NamedRoute(Route):
 
 
 def model_routes(api: Api) -> list[ApiRoute]:
-    """The endpoints of the model: what generates, and what says something of it."""
     preparation, served = api.preparation, api.preparation.model
     priorities = priority_ranges(api.config.client_priorities)  # by the number of the API key
 
@@ -131,16 +130,14 @@ def make_app(api: Api) -> Starlette:
     return Starlette(routes=named, exception_handlers=dict.fromkeys(kinds, on_error))
 
 
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """Server-sent events; an error after the headers is one too. The last is `[DONE]`, unless the client leaves."""
 
     media_type = "text/event-stream"
 
     def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self.chunks = chunks
-        self.begun = False
+        super().__init__(chunks, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self.chunks, self.begun = chunks, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self.chunks):

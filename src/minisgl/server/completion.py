@@ -177,8 +177,8 @@ class Generation(abc.ABC):
                 continue
             choice = self.by_id[event.id]
             texts[event.id] = texts.get(event.id, "") + choice.take(event)
-            if choice.stream.stopped and event.finish is None:
-                group.abort([event.id])
+            if choice.stream.matched is not None and event.finish is None:
+                group.abort(event.id)
         return [(self.by_id[request_id], text) for request_id, text in texts.items()]
 
     def usage(self, generated: int | None = None) -> Usage:

@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, Self
 
 import msgspec
@@ -22,7 +22,6 @@ from minisgl.server.metrics import ACCESS_RECORD, Metrics, RequestStats
 ENGINE_DIED = "the engine ended; nothing can be generated until the server is started again"
 MAX_LIVE = 4096  # that wait or run; more are turned away rather than queued without bound
 MAX_RETRY_SECONDS = 60
-DRAIN_RETRY_SECONDS = 5  # by then another server may answer
 DRAIN_POLL_SECONDS = 0.05
 CONNECT_SECONDS = 0.02  # between two attempts to reach an engine that does not listen yet
 
@@ -95,11 +94,10 @@ class RequestGroup:
             self._release(self._live, finish)
             self._wake.set()
 
-    def abort(self, ids: Iterable[str]) -> None:
-        """End these requests in the engine, their completions being done; no event of them comes any more."""
-        ids = set(ids)
-        self._release(ids, "stop")
-        self._batch = [event for event in self._batch if event.id not in ids]
+    def abort(self, request_id: str) -> None:
+        """End a request in the engine, its completion being done; no event of it comes any more."""
+        self._release({request_id}, "stop")
+        self._batch = [event for event in self._batch if event.id != request_id]
         self._wake.set()
 
     def _release(self, ids: set[str], finish: str) -> None:
@@ -154,7 +152,7 @@ class EngineClient(abc.ABC):
             raise self.dead
         try:
             if self.draining:
-                raise errors.DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
+                raise errors.DrainingError("the server is shutting down")
             self.queue.check(requests, len(self._live))
         except errors.RetryLaterError as error:
             self.metrics.rejected.labels(str(error.code)).inc()

@@ -99,14 +99,13 @@ class Links:
 
     def send_events(self, events: list[TokenEvent]) -> None:
         owners = self._owners
-        shares: dict[int, list[TokenEvent]] = {link: [] for link in self._links}
+        shares: dict[int, list[TokenEvent]] = {}
         for event in events:
             link = owners.get(event.id) if event.finish is None else owners.pop(event.id, None)
             if link is not None:
-                shares[link].append(event)
+                shares.setdefault(link, []).append(event)
         for link, share in shares.items():
-            if share:
-                self.send(ipc.Events(share), link)
+            self.send(ipc.Events(share), link)
 
     def close(self) -> None:
         self._listener.close()

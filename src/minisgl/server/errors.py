@@ -9,7 +9,7 @@ from minisgl.server.responses import json_response
 
 
 class RetryLaterError(MinisglError, status=503):
-    def __init__(self, message: str, retry_after: int = 0) -> None:  # 0 when it is unpickled, which then sets the rest
+    def __init__(self, message: str, retry_after: int = 5) -> None:  # s
         super().__init__(message)
         self.retry_after = retry_after
 

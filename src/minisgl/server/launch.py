@@ -61,7 +61,7 @@ async def run(config: Config, command: Sequence[str]) -> None:
         check_public(config, listener)
         started, shutdown = time.monotonic(), handle_signals()
         stop = shutdown.stop
-        print_status(f"loading {config.model or BUNDLED_MODEL} …")
+        print_text(f"loading {config.model or BUNDLED_MODEL} …")
         process = await start_process(command, ipc.EngineSetup(config.without_keys(), folder))
         client = SocketEngineClient(folder, config)
         ended = asyncio.create_task(watch_engine(process, client))
@@ -77,7 +77,7 @@ async def run(config: Config, command: Sequence[str]) -> None:
             while not loading.done() and not stop.is_set():
                 await wait_first(loading, stop.wait(), timeout=LOADING_SECONDS)
                 if not loading.done() and not stop.is_set():
-                    print_status(f"still loading after {time.monotonic() - started:.0f} s …")
+                    print_text(f"still loading after {time.monotonic() - started:.0f} s …")
             if stop.is_set():
                 return
             with contextlib.suppress(EngineDeadError):  # its exit status says more, below
@@ -114,23 +114,23 @@ class ApiWorkers:
     """API processes that accept from one socket: replaced when they die, drained and ended together."""
 
     def __init__(self, setup: ipc.WorkerSetup, engine_gone: asyncio.Event) -> None:
+        rows, loop = range(setup.config.api_workers), asyncio.get_running_loop()
         self._setup = setup
         self._engine_gone = engine_gone
         self._processes: dict[int, Process] = {}  # the last of each row
-        self._serving: dict[int, ipc.Serving] = {}
-        self._all_serve = asyncio.Event()
+        self._serving: list[asyncio.Future[ipc.Serving]] = [loop.create_future() for _ in rows]
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS + 1)
         self._order = b""  # what they were told last
-        self._keeping = [asyncio.create_task(self._keep(row)) for row in range(setup.config.api_workers)]
+        self._keeping = [loop.create_task(self._keep(row)) for row in rows]
 
     async def serve(self, shutdown: Shutdown, on_listening: Callable[[ipc.Serving], None]) -> None:
         """Serve an engine that is ready until `shutdown` or its end. Raises ModelError or ApiProcessError."""
-        gone, stop = self._engine_gone, shutdown.stop
-        await wait_first(self._all_serve.wait(), gone.wait(), stop.wait(), *self._keeping)
+        gone, stop, all_serve = self._engine_gone, shutdown.stop, asyncio.gather(*self._serving)
+        await wait_first(all_serve, gone.wait(), stop.wait(), *self._keeping)
         if stop.is_set() or gone.is_set():
             return
-        if self._all_serve.is_set():
-            on_listening(self._serving[0])
+        if all_serve.done():
+            on_listening(all_serve.result()[0])
             await wait_first(gone.wait(), stop.wait(), *self._keeping)
         all_over = asyncio.create_task(asyncio.wait(self._keeping))
         if stop.is_set() and not gone.is_set():
@@ -165,7 +165,7 @@ class ApiWorkers:
                 end = f"cannot be started: {error}"
             if self._order or self._engine_gone.is_set():
                 return
-            if row not in self._serving:
+            if not self._serving[row].done():
                 raise ModelError(f"API process {row} {end} before it could serve")
             self._deaths.append(time.monotonic())
             if len(self._deaths) > MOST_DEATHS and self._deaths[-1] - self._deaths[0] < DEATHS_SECONDS:
@@ -183,12 +183,10 @@ class ApiWorkers:
         self._processes[row] = process
         if line := await process.stdout.readline():
             serving = msgspec.json.decode(line, type=ipc.Serving)
-            if serving.error is None:
-                self._serving[row] = serving
-            elif row not in self._serving:
-                raise ModelError(serving.error)
-            if len(self._serving) == len(self._keeping):
-                self._all_serve.set()
+            if not self._serving[row].done():
+                if serving.error is not None:
+                    raise ModelError(serving.error)
+                self._serving[row].set_result(serving)
         status = await process.wait()
         mark_process_dead(process.pid, setup.counts)  # type: ignore[no-untyped-call]
         return status
@@ -300,7 +298,7 @@ def handle_signals() -> Shutdown:
     def on_signal(number: int) -> None:
         if not shutdown.stop.is_set():
             shutdown.stop.set()
-            print_status("stopping; once more to stop at once")
+            print_text("stopping; once more to stop at once")
         elif number != signal.SIGHUP:  # of a closed terminal there may be several: the shell's and the kernel's
             shutdown.force.set()
 
@@ -313,7 +311,7 @@ def handle_signals() -> Shutdown:
 def announce(config: Config, url: str, started: float, ready: ipc.Ready, serving: ipc.Serving) -> None:
     """The ready line, the effective configuration and a request to paste; `started` is on the monotonic clock."""
     if not serving.has_tokenizer:
-        print_status(f"{ready.folder} has no tokenizer: text is bytes, and any other token reads as its number")
+        print_text(f"{ready.folder} has no tokenizer: text is bytes, and any other token reads as its number")
     seconds = time.monotonic() - started
     lines = [f"\nMini-SGLang {__version__} is ready after {seconds:.1f} s: {serving.model} on {url}/v1\n"]
     lines += [f"  {note}" for note in ready.notes]
@@ -326,8 +324,4 @@ def announce(config: Config, url: str, started: float, ready: ipc.Ready, serving
         path, body = "chat/completions", '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
         lines.append(f"\nchat in a browser: {url}/")
     lines.append(f"\ncurl {url}/v1/{path} {headers} \\\n  -d '{body}'\n")
-    print_text("\n".join(lines), sys.stdout)
-
-
-def print_status(line: str) -> None:
-    print_text(line, sys.stderr)
+    print_text("\n".join(lines), to_stdout=True)

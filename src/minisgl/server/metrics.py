@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from http import HTTPMethod
 from types import MappingProxyType
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
@@ -38,7 +38,6 @@ NAMES: Mapping[str, Mapping[str, str | None]] = MappingProxyType({
         "request_queue_time_seconds": "queue_time_seconds",
     },
 })  # fmt: skip
-CACHE_LABELS = MappingProxyType({"sglang": ("page_size", "num_pages")})  # else vLLM's
 # Upper bounds: s for the time of a token, s for what a request waits and takes, tokens of a prompt or completion.
 SHORT = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
@@ -95,6 +94,7 @@ class Metrics:
         self.prefix = prefix
         self.registry = registry = CollectorRegistry()
         self.counts = counts
+        self.collector = registry if counts is None else MultiProcessCollector(None, counts)  # type: ignore[no-untyped-call]
 
         def histogram(name: str, bounds: Sequence[float], text: str) -> Histogram:
             return Histogram(self.name(name), text, registry=registry, buckets=bounds)
@@ -175,12 +175,6 @@ class Metrics:
     def num_silent(self) -> int:
         return sum(seconds > SILENT_SECONDS for seconds in self.silences().values())
 
-    def families(self) -> Iterable[Metric]:
-        if self.counts is None:
-            return self.registry.collect()
-        families: Iterable[Metric] = MultiProcessCollector(None, self.counts).collect()  # type: ignore[no-untyped-call]
-        return families
-
 
 @dataclasses.dataclass(frozen=True)
 class MetricsPage(Collector):
@@ -191,13 +185,10 @@ class MetricsPage(Collector):
     page_size: int
     throughput: float = 0.0  # tokens/s since the page before
 
-    def render(self) -> bytes:
-        return generate_latest(self)
-
     def collect(self) -> Iterator[Metric]:
         stats, processes = self.stats, self.metrics.silences()
         used = stats.pages_total - stats.pages_free
-        owned, answering = used - stats.pages_cached, len(processes) - self.metrics.num_silent()
+        owned, answering = used - stats.pages_cached, sum(seconds <= SILENT_SECONDS for seconds in processes.values())
         held, hits = share(stats.pages_held, stats.pages_total), share(stats.cached_prompt_tokens, stats.prompt_tokens)
         gauges = (
             ("num_requests_running", "requests that decode or prefill", stats.running),
@@ -231,11 +222,11 @@ class MetricsPage(Collector):
             if renamed.get(name, "") is not None
         ]
         families += [CounterMetricFamily(name_of(name), text, value) for name, text, value in counters]
-        labels = CACHE_LABELS.get(self.metrics.prefix, ("block_size", "num_gpu_blocks"))
+        labels = ("page_size", "num_pages") if self.metrics.prefix == "sglang" else ("block_size", "num_gpu_blocks")
         info = GaugeMetricFamily(name_of("cache_config_info"), "how the KV cache is divided: its labels", labels=labels)
         info.add_metric([str(self.page_size), str(stats.pages_total)], 1.0)
         families.append(info)
-        for family in (*families, *self.metrics.families()):
+        for family in (*families, *self.metrics.collector.collect()):
             family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
             if family.name != name_of("http_requests"):
                 family.samples = [s._replace(labels={"model_name": self.model, **s.labels}) for s in family.samples]

@@ -88,7 +88,7 @@ class ApiRoute(NamedTuple):
 
 
 def document(routes: Sequence[ApiRoute]) -> dict[str, Any]:
-    """The whole document. Every endpoint can answer with every error."""
+    """Every endpoint can answer with every error."""
     routes = [route for route in routes if (route.result, route.events) != (None, None)]
     types = [kind for route in routes for kind in (route.result, *route.bodies, route.events) if kind is not None]
     types.append(ErrorBody)

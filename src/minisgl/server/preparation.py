@@ -39,7 +39,6 @@ BRIEF_REST = 10.0  # times as long as it took to prepare one the event loop prep
 SMALL_THREADS, LARGE_THREADS = 4, 1  # reading JSON holds the interpreter's lock: no two large bodies at a time
 GRAMMAR_THREADS = 4  # each waits for a process
 BODY_SECONDS, BODY_RATE = 30.0, 32 * 2**10  # a body may take so long, and a second for so many of its bytes
-BODY_RETRY_SECONDS = 5
 PART_SECONDS = 0.004  # from a part of a large body to the next of any: reading is the event loop's work
 HELD_BYTES = 256 * 2**20  # of all bodies at a time, or four of the largest
 MAX_NESTED, MAX_VALUES = 2**17, 2**19  # arrays, objects and keys in a body, and all its values (a long context: more)
@@ -82,7 +81,7 @@ class Preparation:
         reasons = template is not None and REASONING_END in template.source and chat.separate_reasoning is not False
         reasoning = reasoning_before(prompt, chat) if reasons else None
         tool_format = self.require_tool_format() if chat.offered_tools else None
-        if chat.must_call and tool_format is not None:
+        if tool_format is not None and (chat.tool_choice == "required" or chat.named_tool is not None):
             grammar, field, tool_format = forced_call_grammar(chat), "tools", tool_format.forced()
         elif tool_format is not None and (grammar is not None or tool_format.generic):
             field = field or "tools"
@@ -134,7 +133,7 @@ class Preparation:
     def tokenize(self, body: bytes) -> Tokens:
         value = protocol.parse_object(body)
         asked: TokenizeConversation | protocol.TokenizeText
-        if "messages" in value:
+        if value.get("messages") is not None:
             asked = TokenizeConversation.parse(value)
             text, field, special = self.render(asked, asked.tools or ()), "messages", bool(asked.add_special_tokens)
         else:
@@ -167,9 +166,7 @@ class Preparation:
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
         return text, [] if params.prompt_logprobs is None else self.tokenizer.starts(ids, text)
 
-    def requests(
-        self, kind: str, copies: int, prompts: list[Prompt], params: Sequence[SamplingParams]
-    ) -> list[Request]:
+    def requests(self, kind: str, copies: int, prompts: list[Prompt], params: list[SamplingParams]) -> list[Request]:
         """Checked requests, those of one prompt in a row; their ids are the completion's id and an index."""
         field = "n" if copies > 1 else "prompt"
         require(len(prompts) * copies <= self.max_live, f"at most {self.max_live} answers fit in one request", field)
@@ -282,7 +279,7 @@ class Bodies:
         """A body, held until the block ends. Raises BodyTooLargeError, OverloadedError or SlowBodyError."""
         start, size, kept = time.monotonic(), 0, 0
         parts: list[bytes] = []
-        error: InvalidRequestError | OverloadedError | None = None
+        error: Exception | None = None
         try:
             # Some more than fits is read, so that the client gets to read the error.
             async for part in request.stream():
@@ -308,9 +305,7 @@ class Bodies:
             if not self.held[client]:
                 del self.held[client]
 
-    def _refusal(
-        self, client: str, size: int, more: int, seconds: float
-    ) -> InvalidRequestError | OverloadedError | None:
+    def _refusal(self, client: str, size: int, more: int, seconds: float) -> Exception | None:
         if size > self.max_size:
             return BodyTooLargeError(f"the body must have at most {self.max_size} bytes")
         if seconds > BODY_SECONDS + size / BODY_RATE:
@@ -319,7 +314,7 @@ class Bodies:
         fits = total <= self.most and own <= self.most // 2
         fair = size <= SMALL_BODY or own <= self.most // (len(self.held) + 1)
         if not fits and not (fair and total <= 2 * self.most):
-            return OverloadedError("too many large bodies are being read; try again later", BODY_RETRY_SECONDS)
+            return OverloadedError("too many large bodies are being read; try again later")
         return None
 
 

@@ -17,8 +17,6 @@ COMPLETION_MAX_TOKENS = 16  # the default of max_tokens in /v1/completions
 MAX_CHOICES = 128
 MAX_EXACT = 2**53  # up to here every integer is a double of its own
 MAX_MESSAGES = 16384
-MAX_TOOLS = 128
-MAX_STOPS = 16
 
 # Fields of OpenAI, vLLM and SGLang (their API documentation) that are known and not supported, each with the values
 # that ask for nothing; null always does.
@@ -130,7 +128,6 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 @functools.cache
 def parts_of(kind: type[Body]) -> Mapping[str, type[Body]]:
-    """The fields that hold an object of a request, or a list of them."""
     return {field.encode_name: part for field in msgspec.structs.fields(kind) for part in bodies_in(field.type)}
 
 
@@ -283,7 +280,7 @@ class NamedTool(Body):
 
 
 Messages = Annotated[list[Message], Meta(max_length=MAX_MESSAGES, extra_json_schema={"minItems": 1})]
-Tools = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
+Tools = Annotated[list[Tool], Meta(max_length=128)]
 
 
 class StreamOptions(Body):
@@ -301,7 +298,7 @@ class Sampling(Body):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    stop: StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Meta(max_length=16)] | None = None
     stop_token_ids: list[int] | None = None
     logit_bias: LogitBias | None = None
     ignore_eos: bool | None = None
@@ -442,10 +439,6 @@ class ChatRequest(OpenAIRequest, kw_only=True):
     @property
     def named_tool(self) -> str | None:
         return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
-
-    @property
-    def must_call(self) -> bool:
-        return self.tool_choice == "required" or self.named_tool is not None
 
     def params(self, grammar: Grammar | None) -> SamplingParams:
         limit = self.max_completion_tokens if self.max_tokens is None else self.max_tokens

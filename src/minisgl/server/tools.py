@@ -51,15 +51,13 @@ class ToolFormat:
         return Grammar(kind="lark", source=f"start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*{self.opening}.*)/")
 
     def with_optional_calls(self, grammar: Grammar, chat: ChatRequest) -> Grammar:
-        tools, several = chat.offered_tools, chat.parallel_tool_calls is not False
+        tools, many = chat.offered_tools, chat.parallel_tool_calls is not False
         if self.listed:
-            calls = Calls(schema=call_list_schema(tools, not several), several=False, opening=self.opening)
-        elif self.at_start:
-            schema = json.dumps(call_schema(tools, "parameters"))
-            calls = Calls(schema=schema, several=several, separator=self.separator)
+            calls = Calls(schema=call_list_schema(tools, not many), several=False, opening=self.opening)
         else:
-            schema = json.dumps(call_schema(tools, "arguments"))
-            calls = Calls(schema=schema, several=several, opening=self.opening, closing=self.closing)
+            name, opening = ("parameters", "") if self.at_start else ("arguments", self.opening)
+            schema = json.dumps(call_schema(tools, name))
+            calls = Calls(schema=schema, several=many, opening=opening, closing=self.closing, separator=self.separator)
         return msgspec.structs.replace(grammar, calls=calls)
 
 

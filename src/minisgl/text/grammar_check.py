@@ -28,7 +28,6 @@ from minisgl.text.grammar import MatcherConstraint, Vocabulary, check_size, comp
 
 CPU_SECONDS = 1.0
 WALL_SECONDS = 1.7
-MEMORY_BYTES = 1 << 30  # that a grammar may add to the child, as address space
 PROBE_STEPS = 32
 STARTED = b"+"
 ANSWER_SECONDS = 60.0  # for a verdict: the vocabulary may have to be loaded, and the machine be too busy to end a child
@@ -67,7 +66,7 @@ def main() -> None:
                 control.close()
                 with contextlib.suppress(BrokenPipeError):
                     connection.sendall(STARTED)
-                    limit_memory(MEMORY_BYTES)
+                    limit_memory()
                     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
                     signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
                     source = read_all(connection)

@@ -23,7 +23,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from minisgl.system import limit_memory
 
 CPU_SECONDS = 1.0  # of a rendering
-MEMORY_BYTES = 1 << 30  # that renderings may add to the process, as address space
 # A text that is much longer than what it was made of fills the memory of the process that asked for it.
 FREE_CHARACTERS, MAX_GROWTH = 1 << 20, 8
 MAX_REASON = 1000  # characters
@@ -46,7 +45,7 @@ def raise_exception(message: str) -> None:
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON as it is, where jinja2's own filter would escape HTML."""
+    """JSON as it is, where jinja2's own filter would escape HTML; templates may give the options by position."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -66,7 +65,7 @@ def compiled(source: str, tokens: dict[str, str]) -> tuple[jinja2.Template, list
 
 
 def main() -> None:
-    limit_memory(MEMORY_BYTES)
+    limit_memory()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # that it is ignored would be inherited
     template: jinja2.Template | None = None
     with socket.socket(fileno=0) as link, link.makefile("rb") as lines:

@@ -67,9 +67,8 @@ class Tokenizer:
         return self.tool_template if tools else self.chat_template
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a plain prompt, with BOS where the model adds one.
-
-        Raises InvalidRequestError for text that is no valid Unicode, or too much for the tokenizer.
+        """Token ids of a plain prompt, with BOS where the model adds one. Raises InvalidRequestError for text that is
+        no valid Unicode, or too much for the tokenizer.
         """
         try:
             text.encode()
@@ -211,7 +210,6 @@ def convert_tokenizer(folder: Path) -> Any:
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The named special tokens of a configuration, each a string or an object with `content`."""
     values = {name: config.get(name) for name in TOKEN_NAMES}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
@@ -240,10 +238,6 @@ class TextStream:
         self._shown: list[str] = []
 
     @property
-    def stopped(self) -> bool:
-        return self.matched is not None
-
-    @property
     def text(self) -> str:
         return "".join(self._shown)
 
@@ -251,7 +245,7 @@ class TextStream:
     def push(self, tokens: Sequence[int]) -> str:
         before = len(self._shown)
         for token in tokens:
-            if self.stopped:
+            if self.matched is not None:
                 break
             self.starts.append(self.num_characters)
             if token not in self._hidden and (piece := self._decode(token)):
@@ -262,9 +256,9 @@ class TextStream:
     def finish(self) -> str:
         """What was held back, when the request ended for another reason than a stop string."""
         before = len(self._shown)
-        if self._pending and not self.stopped:
+        if self._pending and self.matched is None:
             self._take(self._rest())
-        if not self.stopped:
+        if self.matched is None:
             self._shown.append(self._held)
         return "".join(self._shown[before:])
 
@@ -346,7 +340,7 @@ class RequestOutput:
         if self.stream is not None:
             before = len(self.stream.starts)
             text = self.stream.push(shown)
-            if self.stream.stopped:
+            if self.stream.matched is not None:
                 self.finish, self.matched = FinishReason.STOP, self.stream.matched
                 taken = taken[: len(self.stream.starts) - before]
             elif self.finish is not None:
