@@ -10,7 +10,11 @@ Array = TypeVar("Array")
 Int32 = NDArray[np.int32]
 EMPTY: Final[Int32] = np.empty(0, np.int32)
 # Parameters that change logits by a number each, and the number that changes nothing.
-PENALTIES: Final = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+PENALTIES: Final = {
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+}
 Masks = Int32  # (g, ceil(V / 32)): which tokens each of g rows may have next, token t in bit t % 32 of word t // 32
 
 
