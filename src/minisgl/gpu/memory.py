@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from copy import copy
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -182,7 +183,7 @@ def _forward_peak(config: Config, decoder: Decoder, max_seq_len: int) -> int:
     runner = ModelRunner(decoder, kv, rows, max_seq_len, device)
     if max_seq_len >= WARM_UP_TOKENS:
         with _compiling(config, decoder):
-            warm_up(ModelRunner(_first_and_last(decoder, max_seq_len), kv, rows, max_seq_len, device), rows)
+            warm_up(ModelRunner(_first_and_last(decoder), kv, rows, max_seq_len, device), rows)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     present = torch.cuda.memory_allocated(device)
@@ -194,13 +195,13 @@ def _forward_peak(config: Config, decoder: Decoder, max_seq_len: int) -> int:
     return peak
 
 
-def _first_and_last(decoder: Decoder, max_seq_len: int) -> Decoder:
+def _first_and_last(decoder: Decoder) -> Decoder:
     """A decoder of these layers alone, whose kernels are those of all layers."""
-    spec, weights = decoder.spec, decoder.weights
+    spec, weights, shorter = decoder.spec, decoder.weights, copy(decoder)
     kept = sorted({0, spec.num_layers - 1})
-    spec = dataclasses.replace(spec, num_layers=len(kept), windows=tuple(spec.windows[index] for index in kept))
-    weights = dataclasses.replace(weights, layers=[weights.layers[index] for index in kept])
-    return Decoder(spec, weights, decoder.attention, max_seq_len, decoder.ops)
+    shorter.spec = dataclasses.replace(spec, num_layers=len(kept), windows=tuple(spec.windows[i] for i in kept))
+    shorter.weights = dataclasses.replace(weights, layers=[weights.layers[i] for i in kept])
+    return shorter
 
 
 def warm_up(runner: ModelRunner, rows: int) -> None:
