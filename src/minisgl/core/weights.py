@@ -236,11 +236,14 @@ class Shard:
 
     def of(self, whole: Tensor) -> Tensor:
         """The shard of a whole parameter, itself or a copy."""
-        if self.shape(tuple(whole.shape)) == whole.shape:
+        shape = self.shape(tuple(whole.shape))
+        if shape == whole.shape:
             return whole
-        parts = [whole.narrow(self.axis, start, stop - start) for start, stop in self.ranges]
-        zeros = whole.new_zeros(Shard(self.axis, (), self.padding).shape(tuple(whole.shape)))
-        return torch.cat([*parts, zeros], self.axis)
+        shard, reached = whole.new_zeros(shape), 0
+        for start, stop in self.ranges:
+            shard.narrow(self.axis, reached, stop - start).copy_(whole.narrow(self.axis, start, stop - start))
+            reached += stop - start
+        return shard
 
 
 Region = tuple[int | slice, ...]
