@@ -122,8 +122,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         needed = -(-table.num_computed_tokens // self.engine.cache.page_size)
         again = table.num_computed_tokens + 1 == table.prefill_len  # its last token may have to be computed again
         assert (held - needed >= 0)[going].all()
-        again &= [request is not None and request.constraint is not None for request in table.requests]
-        assert (held - needed <= again)[going].all()
+        assert (held - needed <= (table.constrained & again))[going].all()
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):

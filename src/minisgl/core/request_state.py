@@ -134,8 +134,6 @@ class RequestState:
         # Positions below this one hold no stop token.
         self.min_len = min(self.prompt_len + self.request.params.min_tokens, self.max_tokens)
         self.priority = self.request.priority
-        self.penalties = [getattr(self.request.params, name) for name in PENALTIES]
-        self.penalised = self.penalties != list(PENALTIES.values())
         # The lowest is admitted first and retracted last.
         self.sort_key: tuple[tuple[float, ...], int] = ((self.priority,), self.arrival)
         # Of a prompt that is to be scored, until they are delivered with the first token.
@@ -162,6 +160,10 @@ class RequestTable:
         self.max_tokens = np.zeros(rows, np.int32)  # that the request may reach, prompt included
         self.first_step = np.zeros(rows, np.int64)  # that computed anything for the request that has the row now
         self.stop_ids = np.full((rows, MAX_STOP_TOKEN_IDS), -1, np.int32)
+        self.penalties = np.zeros((len(PENALTIES), rows), np.float32)
+        self.penalised = np.zeros(rows, np.bool_)
+        self.biases = np.zeros(rows, np.int32)
+        self.constrained = np.zeros(rows, np.bool_)
         self.mask_seconds = np.zeros(rows, np.float64)  # what the last mask took
         self.held_since = np.zeros(rows, np.int64)  # the step in which a HELD row became one
         self.top = np.zeros(rows, np.int32)  # log-probabilities beside the token's own; -1: none at all
@@ -183,10 +185,14 @@ class RequestTable:
         self.first_step[slot] = step
         self.stop_ids[slot] = -1
         self.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
+        self.penalties[:, slot] = [getattr(params, name) for name in PENALTIES]
+        self.penalised[slot] = self.penalties[:, slot].tolist() != list(PENALTIES.values())
+        self.biases[slot] = len(params.logit_bias)
+        self.constrained[slot] = request.constraint is not None
         self.mask_seconds[slot] = 0.0
         self.top[slot] = -1 if params.logprobs is None else params.logprobs
         self.prompt_top[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
-        self.changed[slot] = request.penalised or bool(params.logit_bias) or request.constraint is not None
+        self.changed[slot] = self.penalised[slot] or self.biases[slot] or self.constrained[slot]
         self.processed[slot] = self.changed[slot] or self.top[slot] >= 0 or self.prompt_top[slot] >= 0
         self.tokens[slot, :length] = request.tokens
         self.requests[slot] = request
@@ -239,18 +245,18 @@ class RequestTable:
         return NewRows(slots=np.array(slots, np.int32), sampling=sampling, logits=self._new_logits_rows(slots))
 
     def _new_logits_rows(self, slots: list[int]) -> LogitsInit | None:
-        changed = [self.request(slot) for slot in slots if self.changed[slot]]
+        changed = [slot for slot in slots if self.changed[slot]]
         if not changed:
             return None
-        width = max(len(request.request.params.logit_bias) for request in changed)
+        width = int(self.biases[changed].max())
         bias_ids = np.zeros((len(changed), width), np.int32)
         bias_values = np.zeros((len(changed), width), np.float32)
         seen: list[tuple[NDArray[Any], ...]] = []  # of each row: itself, its tokens and their counts
-        for index, request in enumerate(changed):
+        for index, request in enumerate(map(self.request, changed)):
             slot, bias = request.slot, request.request.params.logit_bias
             bias_ids[index, : len(bias)] = list(bias)
             bias_values[index, : len(bias)] = list(bias.values())
-            tokens = self.tokens[slot, : self.num_tokens[slot] if request.penalised else 0]
+            tokens = self.tokens[slot, : self.num_tokens[slot] if self.penalised[slot] else 0]
             prompt, output = tokens[: request.prompt_len], tokens[request.prompt_len :]
             counts = 2 * np.bincount(output, minlength=int(prompt.max(initial=-1)) + 1)
             counts[prompt] += 1
@@ -258,7 +264,7 @@ class RequestTable:
             seen.append((np.full_like(distinct, slot), distinct, counts[distinct]))
         seen_slots, seen_tokens, seen_counts = (np.concatenate(c).astype(np.int32) for c in zip(*seen, strict=True))
         return LogitsInit(
-            slots=np.array([request.slot for request in changed], np.int32),
+            slots=np.array(changed, np.int32),
             seen_slots=seen_slots,
             seen_tokens=seen_tokens,
             seen=seen_counts,
@@ -288,14 +294,13 @@ class RequestTable:
             row += length
         if not (len(changed) or len(scored) or len(rows) > 1):
             return None
-        requests = [self.request(slot) for slot in sampled[changed].tolist()]
-        scored_slots = np.concatenate(prompt_slots)
+        changed_slots, scored_slots = sampled[changed], np.concatenate(prompt_slots)
         return LogitsRows(
             changed=changed,
-            penalties=np.array([request.penalties for request in requests], np.float32).reshape(-1, len(PENALTIES)).T,
-            penalised=any(request.penalised for request in requests),
-            bias_width=max((len(request.request.params.logit_bias) for request in requests), default=0),
-            constrained=np.flatnonzero([request.constraint is not None for request in requests]).astype(np.int32),
+            penalties=self.penalties[:, changed_slots],
+            penalised=bool(self.penalised[changed_slots].any()),
+            bias_width=int(self.biases[changed_slots].max(initial=0)),
+            constrained=np.flatnonzero(self.constrained[changed_slots]).astype(np.int32),
             scored=scored,
             top=int(self.top[sampled].max(initial=0)),
             prompt_rows=np.concatenate(rows),
