@@ -183,7 +183,7 @@ def test_the_packages_stay_small() -> None:
     # (policies, traces, the simulator) 1,000 to the engine and 1,000 to the benchmarks, quantisation 450,
     # routing by prefix 90, gateways 270, Ray Serve 580, the simulated fleet 250 to the benchmarks, whole graphs and the
     # launch just in time 450, compiling in threads and links without ZeroMQ 90.
-    assert lines(list(ENGINE.values())) <= 18_549
+    assert lines(list(ENGINE.values())) <= 18_550
     assert len(ENGINE) <= 97
     assert lines(core) <= 4_293
     assert len(core) <= 20

@@ -406,13 +406,14 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         raise ConfigError(f"--attn {config.attn}: torch decodes without CUDA graphs; give --cuda-graph-max-bs 0")
     graphs = config.cuda_graph_max_bs
     if graphs is None:
-        gib = machine.memory / 2**30  # of which graphs and padding take some
-        largest = next(size for least, size in ((64, 256), (30, 128), (15, 64), (0, 16)) if gib >= least)
-        graphs = min(largest, running)
-        why = f"the GPU has {gib:.0f} GiB" if largest <= running else "as many as may run"
         if device == "cpu" or torch_decodes:
             graphs = 0
             why = "the CPU has no CUDA graphs" if device == "cpu" else "decode through torch cannot be captured"
+        else:
+            gib = machine.memory / 2**30  # of which graphs and padding take some
+            largest = next(size for least, size in ((64, 256), (30, 128), (15, 64), (0, 16)) if gib >= least)
+            graphs = min(largest, running)
+            why = f"the GPU has {gib:.0f} GiB" if largest <= running else "as many as may run"
         choose("cuda_graph_max_bs", graphs, why)
     if config.max_prefill_length is None:
         cpu, gpu = (CPU_PREFILL_LENGTH, "keeps a step on the CPU to seconds"), (8192, "default")
