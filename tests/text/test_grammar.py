@@ -153,15 +153,15 @@ def test_a_constraint_says_what_its_last_token_took(vocabulary: Vocabulary) -> N
     [
         (lark('start: "a" number // a remark with ::=\nnumber: /[0-9]+/\n'), "a12"),
         (lark('root ::= "a" number\nnumber ::= [0-9]+\n'), "a12"),  # GBNF
-        (choice("<|im_end|>"), "<|im_end|>"),  # not as the special token
-        (lark('start: "<|im_end|>"'), "<|im_end|>"),
-        (lark("start: /<s>/"), "<s>"),
-        (lark("start: /ab/ // <s>"), "ab"),
-        (lark('start: "ab" # <s>'), "ab"),
+        *((own, "<|im_end|>") for own in (choice("<|im_end|>"), lark('start: "<|im_end|>"'), regex(r"<\|im_end\|>"))),
+        (lark("start: /<s>/"), "<s>"),  # not as the special token
+        (Grammar(kind="json_schema", source='{"const": "a<s>"}'), '"a<s>"'),
+        *((lark(source), "ab") for source in ("start: /ab/ // <s>", 'start: "ab" # <s>')),
     ],
 )
 def test_a_grammar_takes_its_text_and_not_a_part_of_it(grammar: Grammar, text: str, vocabulary: Vocabulary) -> None:
-    assert follow(vocabulary, grammar, text)._matcher.is_accepting()
+    for said in (text, sample_text(compile_grammar(grammar, vocabulary), token_bytes(vocabulary), seed=0)):
+        assert follow(vocabulary, grammar, said)._matcher.is_accepting()
     assert not follow(vocabulary, grammar, text[:1])._matcher.is_accepting()
 
 

@@ -160,10 +160,8 @@ class Preparation:
     def echo(self, prompt: Prompt, request: Request) -> Echo:
         """A prompt as text, of ids with their special tokens; where its tokens begin is only needed to score them."""
         ids, params = request.prompt.tolist(), request.params
-        if isinstance(prompt, str) and params.truncate_prompt_tokens is None:
-            text = prompt
-        else:
-            text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        whole = params.truncate_prompt_tokens is None
+        text = prompt if whole and isinstance(prompt, str) else self.tokenizer.decode(ids, skip_special_tokens=False)
         return text, [] if params.prompt_logprobs is None else self.tokenizer.starts(ids, text)
 
     def requests(self, kind: str, copies: int, prompts: list[Prompt], params: list[SamplingParams]) -> list[Request]:
@@ -465,11 +463,9 @@ def reasoning_before(prompt: str, chat: ChatRequest) -> Reasoning:
     if chat.continue_final_message:
         last = chat.messages[-1].text
         return "begun" if last.rfind(REASONING_START) > last.rfind(REASONING_END) else "none"
-    if chat.add_generation_prompt is False:
+    if chat.add_generation_prompt is False or prompt.rstrip().endswith(REASONING_END):
         return "none"
-    if prompt.rstrip().endswith(REASONING_START):
-        return "begun"
-    return "none" if prompt.rstrip().endswith(REASONING_END) else "possible"
+    return "begun" if prompt.rstrip().endswith(REASONING_START) else "possible"
 
 
 def nth_seed(seed: int | None, n: int) -> int:

@@ -52,9 +52,9 @@ class Vocabulary:
         self.num_words = -(-vocab_size // 32)  # of a mask
         self.size = max(vocab_size, known)  # as llguidance is told
         self.eos = [token for token in eos_token_ids if token < min(vocab_size, known)]
-        special = (token for token, added in backend.get_added_tokens_decoder().items() if added.special)
-        # llguidance wants an id that ends a text.
-        self.placeholder_eos = None if self.eos else next(special, known - 1)
+        added = backend.get_added_tokens_decoder()
+        special = (token for token, entry in added.items() if entry.special)
+        self.placeholder_eos = None if self.eos else next(special, known - 1)  # llguidance wants one
         eos = self.eos if self.placeholder_eos is None else self.placeholder_eos
         try:
             with NO_PANICS:
@@ -62,6 +62,8 @@ class Vocabulary:
         except (ValueError, NativePanicError) as error:
             reason = f"structured output is not supported with this model's tokenizer: {error}"
             raise UnsupportedParameterError(reason) from error
+        texts = (re.escape(entry.content) for token, entry in added.items() if self.tokens.is_special_token(token))
+        self.special_text = re.compile("|".join(texts) or "(?!)")
 
     def special_token(self, text: str) -> int | None:
         """The one token that a text is, if llguidance takes it for a special one: any that was added as <...> is."""
@@ -137,9 +139,7 @@ def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> MatcherConstrai
     """A constraint at the start of its text, after seconds for a hostile grammar. Raises InvalidRequestError."""
     check_size(grammar)
     try:
-        source = text_grammar(grammar)
-        if grammar.calls is not None or grammar.reasoning != "none":
-            source = composed_grammar(grammar, source, vocabulary)
+        source = composed_grammar(grammar, text_grammar(grammar), vocabulary)
     except ValueError as error:
         raise refusal(grammar, str(error)) from error
     matcher = LLMatcher(vocabulary.tokens, source, log_level=0, limits=LIMITS)
@@ -213,6 +213,10 @@ def composed_grammar(grammar: Grammar, text: str, vocabulary: Vocabulary) -> str
         rules.append(f"calls: call ({between} call)*" if calls.several else "calls: call")
         rules.append(f"call: {opening and f'{opening} BLANK?'} @call {closing and f'BLANK? {closing}'}")
         parts.append(named_grammar("call", schema_grammar(calls.schema, grammar)))
+    if vocabulary.special_text.search(json.dumps(parts, ensure_ascii=False).replace("\\", "")):
+        rules.insert(0, '%llguidance {"no_forcing": true}')  # forced text is tokenised, special tokens included
+    elif calls is None and grammar.reasoning == "none":
+        return text
     return json.dumps({"grammars": [{"name": "answer", "lark_grammar": "\n".join(rules)}, *parts]}, allow_nan=False)
 
 
