@@ -98,8 +98,12 @@ def test_streamed_pieces_join_to_the_text_and_a_stop_string_or_closing_frees_all
     assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
     stop = whole.text[20:26]
-    (cut,) = llm.generate(STORY, SamplingParams(temperature=0.0, max_tokens=24, stop=(stop,)), progress=False)
+    until = msgspec.structs.replace(GREEDY, stop=(stop,))
+    (cut,) = llm.generate(STORY, until, progress=False)
     assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert_idle(llm)
+    stream = llm.stream(STORY, until)
+    assert next(delta for delta in stream if delta.finish_reason is not None).finish_reason == "stop"
     assert_idle(llm)
     stream = llm.stream(STORY, SamplingParams(max_tokens=500, ignore_eos=True))
     next(stream)

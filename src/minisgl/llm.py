@@ -6,7 +6,7 @@ import operator
 import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from numbers import Integral
 from types import FrameType
 from typing import Any
@@ -52,7 +52,7 @@ class Delta:
     finish_reason: str | None = None
 
 
-class LLM:
+class LLM(AbstractContextManager["LLM"]):
     """A model, loaded and ready. Keyword arguments are the fields of `Config`; or `config` gives them all.
 
     Not thread-safe. Raises ConfigError or ModelError when the model cannot be served as asked.
@@ -71,9 +71,6 @@ class LLM:
         self.engine, self.notes, self.model = built.engine, built.notes, built.engine.model
         self.tokenizer = Tokenizer.load(built.folder) if Tokenizer.exists(built.folder) else None
         self._ids = itertools.count()
-
-    def __enter__(self) -> "LLM":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -168,6 +165,8 @@ class LLM:
                             del unfinished[event.id]
                             if event.finish is None:
                                 self.engine.abort([event.id])
+                    while not unfinished and self.engine.has_work:  # who sees the last delta may ask anew
+                        self.engine.step()
                 yield step
         finally:
             with defer_sigint():
