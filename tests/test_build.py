@@ -19,9 +19,7 @@ from minisgl.config import Config
 from minisgl.errors import ModelError
 
 
-def test_a_cpu_engine_is_found_and_built_in_threads_that_are_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cpu_engine_is_built_in_threads_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[threading.Thread] = []
 
     def noted(original: Callable[..., Any], *arguments: Any) -> Any:

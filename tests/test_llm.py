@@ -75,7 +75,7 @@ def test_prompts_are_text_or_token_ids_of_any_integer_type_and_there_may_be_none
     assert llm.generate([], GREEDY, progress=False) == []
 
 
-def test_every_prompt_may_have_its_own_parameters(llm: LLM) -> None:
+def test_every_prompt_may_have_its_own_parameters(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     first, until = (SamplingParams(temperature=0.0, max_tokens=n, stop=stop) for n, stop in ((3, ()), (20, (".",))))
     random = SamplingParams(temperature=1.0, seed=1, max_tokens=8, ignore_eos=True)
     short, stopped, sampled, same = llm.generate([FRANCE, FRANCE, STORY, STORY], [first, until, random, random])
@@ -84,6 +84,7 @@ def test_every_prompt_may_have_its_own_parameters(llm: LLM) -> None:
     assert "." not in stopped.text
     assert sampled.token_ids == same.token_ids
     assert len(sampled.token_ids) == 8
+    assert "4/4" in capsys.readouterr().err
 
 
 def assert_idle(llm: LLM) -> None:

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import msgspec
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minisgl.build import build_engine
@@ -88,7 +89,6 @@ class LLM(AbstractContextManager["LLM"]):
         several: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
         if several and isinstance(several[0], Integral):  # the ids of one
             several = [several]
-        self._require_idle()
         params = SamplingParams() if sampling_params is None else sampling_params
         each = [with_types(params)] * len(several) if isinstance(params, SamplingParams) else [*map(with_types, params)]
         if len(each) != len(several):
@@ -107,7 +107,6 @@ class LLM(AbstractContextManager["LLM"]):
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[Delta, None, None]:
         """Complete one prompt, a delta a step. Closing the iterator early aborts the request."""
-        self._require_idle()
         params = with_types(sampling_params or SamplingParams())
         output = self._output(prompt, params, bool(params.stop) or self.tokenizer is not None)
         with closing(self._steps([output])) as steps:
@@ -137,7 +136,8 @@ class LLM(AbstractContextManager["LLM"]):
     def _run(self, outputs: Sequence[RequestOutput], progress: bool) -> None:
         rate = TextColumn("{task.fields[rate]}")
         columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), rate
-        with Progress(*columns, disable=not progress) as bar, closing(self._steps(outputs)) as steps:
+        display = Progress(*columns, console=Console(stderr=True), disable=not progress)
+        with display as bar, closing(self._steps(outputs)) as steps:
             task = bar.add_task("", total=len(outputs), rate="")
             generated = ended = 0
             for step in steps:
@@ -148,6 +148,7 @@ class LLM(AbstractContextManager["LLM"]):
 
     def _steps(self, outputs: Sequence[RequestOutput]) -> Generator[Step, None, None]:
         """Run all to their end: what comes of each in a step. When this ends, nothing is in the engine."""
+        self._require_idle()
         unfinished = {output.request.id: output for output in outputs}
         try:
             for output in outputs:
@@ -202,12 +203,10 @@ def as_ids(prompt: Iterable[Any]) -> list[int]:
 
 def with_types(params: SamplingParams) -> SamplingParams:
     """The same with numpy's values as Python's. Raises InvalidRequestError for one that is not of its field's type."""
-
-    def as_builtin(value: Any) -> Any:
-        return value.tolist() if hasattr(value, "tolist") else list(value)
-
     try:
-        return msgspec.convert(msgspec.to_builtins(msgspec.structs.asdict(params), enc_hook=as_builtin), SamplingParams)
+        fields = msgspec.structs.asdict(params)
+        plain = msgspec.to_builtins(fields, enc_hook=lambda v: v.tolist() if hasattr(v, "tolist") else list(v))
+        return msgspec.convert(plain, SamplingParams)
     except (msgspec.ValidationError, TypeError) as error:
         raise InvalidRequestError(f"sampling parameters: {error}") from error
 
