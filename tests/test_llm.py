@@ -131,10 +131,10 @@ def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM, monkeypa
     bad: list[tuple[Any, Any, str]] = [
         ([[1, 2], []], GREEDY, "at least one token"),
         ([[1] * 9000], GREEDY, "maximum context length"),
-        (["a", "b"], [GREEDY], "2 prompts, but 1 sampling_params"),
-        (["a", "b"], [], "2 prompts, but 0 sampling_params"),
+        *[(["a", "b"], [GREEDY] * n, f"2 prompts, but {n} sampling_params") for n in (0, 1)],
         ("a", SamplingParams(stop=("END", "")), "stop must be"),
         *[(prompts, GREEDY, "text or token ids") for prompts in ([[1.5, 2.0]], [1, "a"], [None], [["a"]])],
+        *[(prompts, GREEDY, "text or token ids") for prompts in (b"a", [b"a"], {"prompt": "a"}, [{"prompt": "a"}])],
     ]
     for prompts, params, message in bad:
         with pytest.raises(InvalidRequestError, match=message) as error:

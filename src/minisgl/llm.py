@@ -86,7 +86,7 @@ class LLM(AbstractContextManager["LLM"]):
         anything is generated when one of them cannot be served. Ctrl-C ends the completions after the current step,
         and the model can be used again.
         """
-        several: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        several: list[Any] = [prompts] if isinstance(prompts, (str, bytes, dict)) else list(prompts)
         if several and isinstance(several[0], Integral):  # the ids of one
             several = [several]
         params = SamplingParams() if sampling_params is None else sampling_params
@@ -196,6 +196,8 @@ class LLM(AbstractContextManager["LLM"]):
 def as_ids(prompt: Iterable[Any]) -> list[int]:
     """A prompt's ids, of any integer type. Raises InvalidRequestError for anything else."""
     try:
+        if isinstance(prompt, bytes):
+            raise TypeError("bytes are neither")
         return [operator.index(token) for token in prompt]
     except TypeError as error:
         raise InvalidRequestError(f"a prompt is text or token ids: {error}", param="prompt") from error
