@@ -157,10 +157,8 @@ def test_the_launcher_says_which_rank_this_is_and_what_is_wrong_there_is_refused
     here = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "ten"}
     assert launcher(4, here) == Launcher(1, 4, 1, 4, "ten")
     assert Launcher(1, 4, 1, 4, "ten").one_host
-    apart = launcher(4, {**here, "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
-    assert apart == Launcher(3, 4, 1, 2, "ten")
-    assert apart is not None
-    assert not apart.one_host
+    assert launcher(4, {**here, "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == Launcher(3, 4, 1, 2, "ten")
+    assert not Launcher(3, 4, 1, 2, "ten").one_host
     wrong: tuple[tuple[dict[str, str], str], ...] = (
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2', so RANK and MASTER_ADDR must be set as torchrun does: 'RANK'"),
         ({"WORLD_SIZE": "two", "RANK": "0", "MASTER_ADDR": "a"}, "WORLD_SIZE is 'two'"),

@@ -75,7 +75,7 @@ def test_prompts_are_text_or_token_ids_of_any_integer_type_and_there_may_be_none
     assert llm.generate([], GREEDY, progress=False) == []
 
 
-def test_every_prompt_may_have_its_own_parameters(llm: LLM) -> None:
+def test_every_prompt_may_have_its_own_parameters(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     first, until = (SamplingParams(temperature=0.0, max_tokens=n, stop=stop) for n, stop in ((3, ()), (20, (".",))))
     random = SamplingParams(temperature=1.0, seed=1, max_tokens=8, ignore_eos=True)
     short, stopped, sampled, same = llm.generate([FRANCE, FRANCE, STORY, STORY], [first, until, random, random])
@@ -84,6 +84,7 @@ def test_every_prompt_may_have_its_own_parameters(llm: LLM) -> None:
     assert "." not in stopped.text
     assert sampled.token_ids == same.token_ids
     assert len(sampled.token_ids) == 8
+    assert "4/4" in capsys.readouterr().err
 
 
 def assert_idle(llm: LLM) -> None:
@@ -98,8 +99,12 @@ def test_streamed_pieces_join_to_the_text_and_a_stop_string_or_closing_frees_all
     assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
     stop = whole.text[20:26]
-    (cut,) = llm.generate(STORY, SamplingParams(temperature=0.0, max_tokens=24, stop=(stop,)), progress=False)
+    until = msgspec.structs.replace(GREEDY, stop=(stop,))
+    (cut,) = llm.generate(STORY, until, progress=False)
     assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert_idle(llm)
+    stream = llm.stream(STORY, until)
+    assert next(delta for delta in stream if delta.finish_reason is not None).finish_reason == "stop"
     assert_idle(llm)
     stream = llm.stream(STORY, SamplingParams(max_tokens=500, ignore_eos=True))
     next(stream)
@@ -126,10 +131,10 @@ def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM, monkeypa
     bad: list[tuple[Any, Any, str]] = [
         ([[1, 2], []], GREEDY, "at least one token"),
         ([[1] * 9000], GREEDY, "maximum context length"),
-        (["a", "b"], [GREEDY], "2 prompts, but 1 sampling_params"),
-        (["a", "b"], [], "2 prompts, but 0 sampling_params"),
+        *[(["a", "b"], [GREEDY] * n, f"2 prompts, but {n} sampling_params") for n in (0, 1)],
         ("a", SamplingParams(stop=("END", "")), "stop must be"),
         *[(prompts, GREEDY, "text or token ids") for prompts in ([[1.5, 2.0]], [1, "a"], [None], [["a"]])],
+        *[(prompts, GREEDY, "text or token ids") for prompts in (b"a", [b"a"], {"prompt": "a"}, [{"prompt": "a"}])],
     ]
     for prompts, params, message in bad:
         with pytest.raises(InvalidRequestError, match=message) as error:

@@ -6,12 +6,13 @@ import operator
 import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from numbers import Integral
 from types import FrameType
 from typing import Any
 
 import msgspec
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minisgl.build import build_engine
@@ -52,7 +53,7 @@ class Delta:
     finish_reason: str | None = None
 
 
-class LLM:
+class LLM(AbstractContextManager["LLM"]):
     """A model, loaded and ready. Keyword arguments are the fields of `Config`; or `config` gives them all.
 
     Not thread-safe. Raises ConfigError or ModelError when the model cannot be served as asked.
@@ -72,9 +73,6 @@ class LLM:
         self.tokenizer = Tokenizer.load(built.folder) if Tokenizer.exists(built.folder) else None
         self._ids = itertools.count()
 
-    def __enter__(self) -> "LLM":
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -88,10 +86,9 @@ class LLM:
         anything is generated when one of them cannot be served. Ctrl-C ends the completions after the current step,
         and the model can be used again.
         """
-        several: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        several: list[Any] = [prompts] if isinstance(prompts, (str, bytes, dict)) else list(prompts)
         if several and isinstance(several[0], Integral):  # the ids of one
             several = [several]
-        self._require_idle()
         params = SamplingParams() if sampling_params is None else sampling_params
         each = [with_types(params)] * len(several) if isinstance(params, SamplingParams) else [*map(with_types, params)]
         if len(each) != len(several):
@@ -110,7 +107,6 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[Delta, None, None]:
         """Complete one prompt, a delta a step. Closing the iterator early aborts the request."""
-        self._require_idle()
         params = with_types(sampling_params or SamplingParams())
         output = self._output(prompt, params, bool(params.stop) or self.tokenizer is not None)
         with closing(self._steps([output])) as steps:
@@ -140,7 +136,8 @@ class LLM:
     def _run(self, outputs: Sequence[RequestOutput], progress: bool) -> None:
         rate = TextColumn("{task.fields[rate]}")
         columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), rate
-        with Progress(*columns, disable=not progress) as bar, closing(self._steps(outputs)) as steps:
+        display = Progress(*columns, console=Console(stderr=True), disable=not progress)
+        with display as bar, closing(self._steps(outputs)) as steps:
             task = bar.add_task("", total=len(outputs), rate="")
             generated = ended = 0
             for step in steps:
@@ -151,6 +148,7 @@ class LLM:
 
     def _steps(self, outputs: Sequence[RequestOutput]) -> Generator[Step, None, None]:
         """Run all to their end: what comes of each in a step. When this ends, nothing is in the engine."""
+        self._require_idle()
         unfinished = {output.request.id: output for output in outputs}
         try:
             for output in outputs:
@@ -168,6 +166,8 @@ class LLM:
                             del unfinished[event.id]
                             if event.finish is None:
                                 self.engine.abort([event.id])
+                    while not unfinished and self.engine.has_work:  # who sees the last delta may ask anew
+                        self.engine.step()
                 yield step
         finally:
             with defer_sigint():
@@ -196,6 +196,8 @@ class LLM:
 def as_ids(prompt: Iterable[Any]) -> list[int]:
     """A prompt's ids, of any integer type. Raises InvalidRequestError for anything else."""
     try:
+        if isinstance(prompt, bytes):
+            raise TypeError("bytes are neither")
         return [operator.index(token) for token in prompt]
     except TypeError as error:
         raise InvalidRequestError(f"a prompt is text or token ids: {error}", param="prompt") from error
@@ -203,12 +205,10 @@ def as_ids(prompt: Iterable[Any]) -> list[int]:
 
 def with_types(params: SamplingParams) -> SamplingParams:
     """The same with numpy's values as Python's. Raises InvalidRequestError for one that is not of its field's type."""
-
-    def as_builtin(value: Any) -> Any:
-        return value.tolist() if hasattr(value, "tolist") else list(value)
-
     try:
-        return msgspec.convert(msgspec.to_builtins(msgspec.structs.asdict(params), enc_hook=as_builtin), SamplingParams)
+        fields = msgspec.structs.asdict(params)
+        plain = msgspec.to_builtins(fields, enc_hook=lambda v: v.tolist() if hasattr(v, "tolist") else list(v))
+        return msgspec.convert(plain, SamplingParams)
     except (msgspec.ValidationError, TypeError) as error:
         raise InvalidRequestError(f"sampling parameters: {error}") from error
 

@@ -132,6 +132,7 @@ def test_eos_is_every_id_that_any_file_names(tmp_path: Path) -> None:
         ({"hidden_size": 2**31}, ["hidden_size", "at most 2147483647"]),
         ({"num_hidden_layers": -1}, ["num_hidden_layers"]),
         ({"num_hidden_layers": 10**9}, ["num_hidden_layers", "at most"]),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 10**9}, ["num_experts", "at most 10000"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads", "divisor"]),
         ({"head_dim": 15}, ["head_dim", "even"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),

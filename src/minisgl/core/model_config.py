@@ -14,7 +14,7 @@ from minisgl.errors import ModelError
 
 FP8_BLOCK = 128  # the side of a block of a weight that shares a scale
 CHECKPOINT_DTYPES = ("float32", "float16", "bfloat16")
-MAX_LAYERS = 10_000
+MAX_LAYERS, MAX_EXPERTS = 10_000, 10_000
 MAX_COUNT = 2**31 - 1
 MAX_JSON_BYTES = 256 * 2**20
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -179,7 +179,8 @@ def _windows(config: Fields, row: Architecture, num_layers: int) -> tuple[int, .
 
 
 def _moe(config: Fields, num_layers: int) -> Moe | None:
-    num_experts = config.integer("num_experts" if "num_experts" in config else "num_local_experts", least=0)
+    field = "num_experts" if "num_experts" in config else "num_local_experts"
+    num_experts = config.integer(field, least=0, most=MAX_EXPERTS)
     step = config.integer("decoder_sparse_step", 1)
     dense = set(config.items("mlp_only_layers", int, []))
     layers = tuple(num_experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(num_layers))
@@ -188,8 +189,7 @@ def _moe(config: Fields, num_layers: int) -> Moe | None:
     top_k = config.integer("num_experts_per_tok")
     if top_k > num_experts:
         raise config.error("num_experts_per_tok", f"at most the {num_experts} experts")
-    width = config.integer("moe_intermediate_size")
-    norm = config.flag("norm_topk_prob", False)
+    width, norm = config.integer("moe_intermediate_size"), config.flag("norm_topk_prob", False)
     return Moe(num_experts=num_experts, top_k=top_k, width=width, norm_topk_prob=norm, layers=layers)
 
 
