@@ -82,7 +82,7 @@ class Config:
         choices=("fp8", "int8"))
     device: str = setting("auto", "auto: cuda when there is a GPU", choices=("auto", "cpu", "cuda"))
     max_seq_len_override: int | None = setting(
-        None, "tokens of prompt and output together; default: the model's own", least=2)
+        None, "tokens of prompt and output together; default: the model's own", least=2, most=10_000_000)
 
     tp: int = setting(1, "tensor parallelism: GPUs that share a layer", "--tp-size", "--tensor-parallel-size", least=1)
     disable_pynccl: bool = setting(False, "call NCCL through torch.distributed instead of nccl4py")
@@ -90,7 +90,7 @@ class Config:
         "auto", "fused (with the norm, in steps of up to 512 tokens), nccl, or auto: fused where it works",
         choices=("auto", "fused", "nccl"))
 
-    max_running_requests: int | None = setting(None, "requests in a batch (default: 256; 1 in the shell)", least=1)
+    max_running_requests: int | None = setting(None, "requests in a batch (default 256, shell 1)", least=1, most=65_536)
     max_prefill_length: int | None = setting(
         None, f"chunked prefill: prompt tokens a step (default: 8192; {CPU_PREFILL_LENGTH} on the CPU)",
         "--max-extend-length", least=1)
