@@ -13,7 +13,7 @@ from minisgl.core.model_config import ModelSpec, read_spec
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import Request, SamplingParams
 from minisgl.errors import ConfigError
-from minisgl_bench import traffic
+from minisgl_bench import metrics, traffic
 from minisgl_bench.calibrate import REDUCED, GpuProbe, solve
 from minisgl_bench.command import main
 from minisgl_bench.command import simulate as command
@@ -114,6 +114,9 @@ BAD = [
     (["--rate", "1", "--page-size", "16,0"], 2, "--page-size must be between 1 and 256"),
     (["--rate", "1", "--url", "x"], 2, "unrecognized arguments: --url x"),
     (["--rate", "1", "--scale", "1"], 2, "--rate does not go with --scale"),
+    (["--rate", "1", "--router", "best"], 2, "'best' is not one of random"),
+    (["--rate", "1", "--replicas", "0"], 2, "is not a count of at least 1"),
+    (["--rate", "1", "--lose", "1"], 1, "--lose needs --replicas of at least 2"),
     ([], 2, "one of --trace, --rate, --concurrency is required"),
 ]
 
@@ -180,6 +183,7 @@ def test_a_closed_loop_never_has_more_requests_than_asked_for() -> None:
     times = [(record.sent, 1) for record in records] + [(record.times[-1], -1) for record in records]
     running = np.cumsum([change for _, change in sorted(times, key=lambda pair: (pair[0], pair[1]))])
     assert running.max() == 4
+    assert metrics.figures(records, {})["seconds"] == replica.executor.now + replica.gpu.event_seconds
 
 
 def test_turns_of_a_chat_wait_for_the_answer_and_find_their_history_cached() -> None:
