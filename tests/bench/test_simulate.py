@@ -56,20 +56,17 @@ def test_a_grid_has_a_run_for_each_combination_and_one_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--rate=40", "--policy=fcfs,lpm:patience=5", "--max-running-requests=2,8", "--gpu=h200,a100"]
-    found = report_of(tmp_path / "grid.json", *flags)
-    runs = found["runs"]
+    runs = report_of(tmp_path / "grid.json", *flags)["runs"]
     assert len(runs) == len({run["label"] for run in runs}) == 8
     assert {run["config"]["schedule_policy"] for run in runs} == {"fcfs", "lpm:patience=5"}
     assert {run["config"]["max_running_requests"] for run in runs} == {2, 8}
     assert all(run["requests"] == 40 and not run["failed"] for run in runs)
     assert (tmp_path / "grid.png").exists()
-    printed = capsys.readouterr().out
-    assert "NVIDIA A100-SXM4-80GB: not measured" in printed
+    assert "NVIDIA A100-SXM4-80GB: not measured" in capsys.readouterr().out
     by_label = {run["label"]: run["latency_ms"]["e2e"]["p50"] for run in runs}
     slow, fast = (f"max running requests 8, fcfs, {gpu}" for gpu in ("a100", "h200"))
     assert by_label[slow] > 1.2 * by_label[fast]
-    narrow = "max running requests 2, fcfs, h200"
-    assert by_label[narrow] > 1.2 * by_label[fast]
+    assert by_label["max running requests 2, fcfs, h200"] > 1.2 * by_label[fast]
 
 
 def test_one_run_reports_what_bench_online_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +114,7 @@ BAD = [
     (["--rate", "1", "--router", "best"], 2, "'best' is not one of random"),
     (["--rate", "1", "--replicas", "0"], 2, "is not a count of at least 1"),
     (["--rate", "1", "--lose", "1"], 1, "--lose needs --replicas of at least 2"),
+    (["--rate", "1,2", "--trace-steps", "x"], 1, "--trace-steps is of one simulation, and these are 2"),
     ([], 2, "one of --trace, --rate, --concurrency is required"),
 ]
 
