@@ -117,7 +117,7 @@ def require_writable(path: Path | None) -> None:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
     made = Table(title=title)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index < left else "right")
+        made.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made

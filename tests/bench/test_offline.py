@@ -163,6 +163,11 @@ def test_a_report_that_cannot_be_overwritten_is_told(tmp_path: Path, monkeypatch
         report_module.require_writable(tmp_path / "x")
 
 
+def test_a_table_shows_long_names_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    report_module.Report("simulate", [], None).print(report_module.table("", ("run",), [("m" * 200,)]))
+    assert capsys.readouterr().out.count("m") == 200
+
+
 def test_engine_flags_are_taken_and_the_servers_are_not() -> None:
     assert (length_range("5"), length_range("5:9")) == ((5, 5), (5, 9))
     flags = {flag for action in engine_parser("offline")._actions for flag in action.option_strings}
