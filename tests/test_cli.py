@@ -162,6 +162,8 @@ BAD_LINES = (
     ("bench online --rate 1 --turns 3", "--turns needs --chats"),
     ("bench online --rate 1 --page-size 16", "unrecognized arguments: --page-size 16"),
     ("bench online --rate 1 --serve --page-size 0", "--page-size must be between 1 and 256"),
+    ("bench streaming --step 0", "'0' is not a number above 0"),
+    ("bench collectives --tp 0", "'0' is not a count of at least 1"),
     ("bench online --rate 1 --serve --url x", "--serve starts the server: it does not go with --url"),
     ("bench online --rate 0", "'0' is not a number above 0"),
     ("bench online --rate 1 --slo itl=3", "not one of ttft, tpot, e2e with a limit"),

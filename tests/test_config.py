@@ -154,16 +154,17 @@ def test_a_field_that_is_given_wins_over_the_environment(monkeypatch: pytest.Mon
 def test_the_launcher_says_which_rank_this_is_and_what_is_wrong_there_is_refused() -> None:
     alone: list[dict[str, str]] = [{}, {"WORLD_SIZE": "1", "RANK": "0"}]
     assert [launcher(1, environ) for environ in alone] == [None, None]
-    here = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "ten"}
+    here = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "ten", "MASTER_PORT": "1"}
     assert launcher(4, here) == Launcher(1, 4, 1, 4, "ten")
     assert Launcher(1, 4, 1, 4, "ten").one_host
     assert launcher(4, {**here, "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}) == Launcher(3, 4, 1, 2, "ten")
     assert not Launcher(3, 4, 1, 2, "ten").one_host
     wrong: tuple[tuple[dict[str, str], str], ...] = (
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2', so RANK and MASTER_ADDR must be set as torchrun does: 'RANK'"),
-        ({"WORLD_SIZE": "two", "RANK": "0", "MASTER_ADDR": "a"}, "WORLD_SIZE is 'two'"),
-        ({"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "a"}, "--tp 2: WORLD_SIZE says that there are 4 ranks"),
-        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a"}, "RANK 2, WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "2"}, "is '2', so RANK, MASTER_ADDR and MASTER_PORT must be set as torchrun does: 'RANK'"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a"}, "must be set as torchrun does: 'MASTER_PORT'"),
+        ({**here, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        (here, "--tp 2: WORLD_SIZE says that there are 4 ranks"),
+        ({**here, "WORLD_SIZE": "2", "RANK": "2"}, "RANK 2, WORLD_SIZE 2"),
     )
     for environ, message in wrong:
         with pytest.raises(ConfigError, match=re.escape(message)):

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from helpers.processes import free_port
+from minisgl.config import flag_of
 from minisgl.errors import ConfigError, MinisglError
-from minisgl.ray_app import ArgumentParser, Scale, build, desired_replicas, main, parse
+from minisgl.ray_app import ArgumentParser, Scale, build, desired_replicas, flags_from, main, parse
 from minisgl.server.errors import QueueFullError
 
 
@@ -28,6 +29,7 @@ def test_the_flags_of_serve_and_those_of_ray() -> None:
         (["--replicas", "3:2"], "--replicas must be N or A:B"),
         (["--replicas", "1:"], "--replicas must be N or A:B"),
         (["--upscale-delay-s", "-1"], "must be at least 0"),
+        (["--downscale-delay-s", "nan"], "must be at least 0"),
         (["--tp", "0"], "--tp must be at least 1"),
         (["a", "--model", "b"], "the model is given twice"),
         (["--record", "file"], "--record is not for replicas: all replicas would write the same file"),
@@ -55,19 +57,13 @@ def test_where_serves_proxy_listens_is_not_the_applications(name: str) -> None:
 
 
 def test_arguments_of_serve_run_are_flags() -> None:
+    given = {"model": None, "replicas": 1, "dummy_weight": True, "allow_public": "false", "allowed_hosts": ["a", "b"]}
+    assert flags_from(given) == ["--replicas=1", "--dummy-weight", "--allowed-hosts=a,b"]
     with pytest.raises(ConfigError, match="--tp must be at least 1, got 0"):
-        build(
-            {
-                "model": "m",
-                "tp": 0,
-                "replicas": 1,
-                "dummy_weight": True,
-                "allow_public": "false",
-                "allowed_hosts": ["a", "b"],
-            }
-        )
-    with pytest.raises(ConfigError, match="unrecognized arguments: --no-such"):
-        build({"no_such": 1})
+        build({**given, "tp": 0})
+    for name, value in (("no_such", 1), ("no_such", False), ("overlap", False)):
+        with pytest.raises(ConfigError, match=f"unrecognized arguments: {flag_of(name)}"):
+            build({name: value})
 
 
 def replicas_for(current: int, **metrics: list[float]) -> int:

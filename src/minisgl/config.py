@@ -252,16 +252,16 @@ def split_words(values: Iterable[str]) -> tuple[str, ...]:
 def launcher(tp: int, environ: Mapping[str, str] = os.environ) -> Launcher | None:
     """What torchrun's variables say of this process; None without them. Without LOCAL_WORLD_SIZE there is one host.
 
-    Raises ConfigError when RANK or MASTER_ADDR is missing, or there are not `tp` ranks.
+    Raises ConfigError when RANK, MASTER_ADDR or MASTER_PORT is missing, or there are not `tp` ranks.
     """
     if environ.get("WORLD_SIZE", "1") == "1":
         return None
     try:
         rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
         local_rank, local_size = int(environ.get("LOCAL_RANK", rank)), int(environ.get("LOCAL_WORLD_SIZE", size))
-        address = environ["MASTER_ADDR"]
+        address, _ = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])  # which torch reads
     except (KeyError, ValueError) as error:
-        rule = f"so RANK and MASTER_ADDR must be set as torchrun does: {error}"
+        rule = f"so RANK, MASTER_ADDR and MASTER_PORT must be set as torchrun does: {error}"
         raise ConfigError(f"WORLD_SIZE is {environ['WORLD_SIZE']!r}, {rule}") from error
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
         raise ConfigError(f"RANK {rank}, WORLD_SIZE {size}, LOCAL_RANK {local_rank} and LOCAL_WORLD_SIZE {local_size}")

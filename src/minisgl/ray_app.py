@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from minisgl import __version__
 from minisgl.cli import Parser, add_config_flags, config_from, guarded
-from minisgl.config import Config, flag_of
+from minisgl.config import Config, flag_of, flags_of
 from minisgl.errors import ConfigError, ModelError
 from minisgl.formats.hub import find_local
 from minisgl.server.engine_client import MAX_LIVE
@@ -29,7 +29,6 @@ NAME: Final = "minisgl"  # of the application
 TARGET_WAITING: Final = 16.0  # requests that wait at a replica, as in deploy/k8s/autoscaling.yaml
 TARGET_KV_USE: Final = 0.8
 GRACE_SECONDS: Final = 5.0  # for the last bytes of a drained replica
-HEALTH_PERIOD: Final = 5.0  # s
 STOP_SECONDS: Final = 30.0  # for Ray itself to stop, beside the drain
 # Settings that a group of replicas behind Ray Serve's proxy does not have, and why.
 REFUSED: Final = {
@@ -78,18 +77,19 @@ def parse(arguments: Sequence[str], kind: type[Parser] = Parser) -> tuple[Config
     match = re.fullmatch(r"([1-9]\d{0,3})(?::([1-9]\d{0,3}))?", given.replicas)
     if match is None or int(match[1]) > int(match[2] or match[1]):
         parser.error(f"--replicas must be N or A:B with 1 <= A <= B, got {given.replicas!r}")
-    if min(given.upscale_delay_s, given.downscale_delay_s) < 0:
-        parser.error("--upscale-delay-s and --downscale-delay-s must be at least 0")
+    if not all(0 <= delay < math.inf for delay in (given.upscale_delay_s, given.downscale_delay_s)):
+        parser.error("--upscale-delay-s and --downscale-delay-s must be at least 0, and finite")
     least, most = int(match[1]), int(match[2] or match[1])
     return config, Scale(least, most, given.upscale_delay_s, given.downscale_delay_s)
 
 
 def flags_from(args: Mapping[str, Any]) -> list[str]:
+    switches = {flag for field in dataclasses.fields(Config) if field.default is False for flag in flags_of(field)}
     flags: list[str] = []
     for name, value in args.items():
-        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        if text.lower() != "false":
-            flags.append(flag_of(name) if text.lower() == "true" else f"{flag_of(name)}={text}")
+        flag, text = flag_of(name), ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        if value is not None and (flag not in switches or text.lower() != "false"):
+            flags.append(flag if text.lower() == "true" else f"{flag}={text}")
     return flags
 
 
@@ -134,7 +134,7 @@ def build_application(config: Config, scale: Scale) -> Application:
         max_ongoing_requests=MAX_LIVE,
         max_queued_requests=MAX_LIVE,
         request_router_config=RequestRouterConfig(request_router_class=ray_deployments.PrefixRequestRouter),
-        health_check_period_s=HEALTH_PERIOD,
+        health_check_period_s=5.0,
         graceful_shutdown_timeout_s=config.drain_timeout,
         logging_config=quiet,
         **options,

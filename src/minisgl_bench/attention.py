@@ -3,7 +3,6 @@
 bf16, lengths uniform in half to one and a half times the mean. A graph reads with its layers more than the L2 holds.
 """
 
-import argparse
 import itertools
 from collections.abc import Sequence
 
@@ -17,45 +16,37 @@ from minisgl.core.plan import Int32
 from minisgl.errors import ConfigError
 from minisgl.gpu.attention.interface import GraphBackend, decode_batch
 from minisgl.gpu.attention.select import Shape, available_backends, make_attention
+from minisgl_bench.command import count
 from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, graph_us, noise, print_figure, print_heading
 
 BEYOND_L2 = 400 * 10**6
 LONGEST = 8192
-Backends = dict[str, tuple[Attention, int]]  # attention and page size by `backend pN`, for those that work here
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="minisgl bench attention", description=__doc__)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--heads", type=count, default=16)
+    parser.add_argument("--kv-heads", type=count, default=8)
     parser.add_argument("--backend", nargs="+", default=["fa", "fi", "trtllm", "triton"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 64, 128, 256])
-    parser.add_argument("--context", nargs="+", type=int, default=[600, 900, 1600, 4096])
-    parser.add_argument("--page", nargs="+", type=int, default=[16, 64])
+    parser.add_argument("--batch", nargs="+", type=count, default=[1, 8, 32, 64, 128, 256])
+    parser.add_argument("--context", nargs="+", type=count, default=[600, 900, 1600, 4096])
+    parser.add_argument("--page", nargs="+", type=count, default=[16, 64])
     options = parser.parse_args(arguments)
     print_heading()
     print({name: reason or "ok" for name, reason in available_backends(CUDA).items()})
-    time_decodes(options, make_backends(options))
-    return 0
-
-
-def make_backends(options: argparse.Namespace) -> Backends:
-    found: Backends = {}
+    backends: dict[str, tuple[Attention, int]] = {}  # attention and page size by `backend pN`, for those that work here
     for page, name in itertools.product(options.page, options.backend):
         shape = Shape(head_dim=HEAD_DIM, dtype=DTYPE, page_size=page)
         try:
-            found[f"{name} p{page}"] = make_attention(name, shape, CUDA)[0], page
+            backends[f"{name} p{page}"] = make_attention(name, shape, CUDA)[0], page
         except ConfigError as error:
             print(f"{name} p{page}: {error}")
-    return found
-
-
-def time_decodes(options: argparse.Namespace, backends: Backends) -> None:
     for batch, context in itertools.product(options.batch, options.context):
         for name, (attention, page) in backends.items():
             if isinstance(attention.decode, GraphBackend):
                 us, volume = time_decode(attention.decode, options.heads, options.kv_heads, batch, context, page)
                 print_figure(name, f"{batch} x {context}", batch, us, volume)
+    return 0
 
 
 def time_decode(
@@ -86,6 +77,6 @@ def page_table(lens: Int32, page_size: int, max_pages: int) -> tuple[torch.Tenso
     used = int(counts.sum())
     order = np.random.default_rng(0).permutation(used).astype(np.int32)
     pages = np.full((len(lens), max_pages), used, np.int32)
-    for row, (end, count) in enumerate(zip(np.cumsum(counts), counts, strict=True)):
-        pages[row, :count] = order[end - count : end]
+    for row, (end, held) in enumerate(zip(np.cumsum(counts), counts, strict=True)):
+        pages[row, :held] = order[end - held : end]
     return torch.from_numpy(pages).to(CUDA), used

@@ -61,8 +61,7 @@ class Target:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url + path, data, headers)
         try:
-            no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with no_proxy.open(request, timeout=timeout) as answer:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout) as answer:
                 return json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
             said = error_text(error.read())

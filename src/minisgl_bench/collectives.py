@@ -20,8 +20,11 @@ from torch.multiprocessing.spawn import spawn
 from minisgl.cli import Parser
 from minisgl.core.ops import add_rms_norm
 from minisgl.distributed.collectives import attempt, expect_close, join_group, noise, select_nccl
+from minisgl.errors import ConfigError
 from minisgl.gpu.operations import operations_for
+from minisgl_bench.command import count
 from minisgl_bench.gpu_timing import graph_us
+from minisgl_bench.report import require_writable
 
 REPLAYS, EPS = 50, 1e-6
 LARGEST_STEP = 512  # rows of the largest decode step: only an all-reduce may have more
@@ -31,12 +34,15 @@ MakeCall = Callable[[int], Callable[[], object]]
 
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="minisgl bench collectives", description=__doc__)
-    parser.add_argument("--tp", type=int, default=4)
+    parser.add_argument("--tp", type=count, default=4)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--hidden", type=int, default=5120)
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192])
+    parser.add_argument("--hidden", type=count, default=5120)
+    parser.add_argument("--rows", nargs="+", type=count, default=[1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
+    require_writable(options.json)
+    if options.device == "cuda" and options.tp > torch.cuda.device_count():
+        raise ConfigError(f"--tp {options.tp}: there are {torch.cuda.device_count()} GPUs; give --device cpu for gloo")
     with tempfile.TemporaryDirectory(prefix="minisgl-", dir="/tmp") as folder:
         spawn(run_rank, (options, f"file://{folder}/rendezvous"), options.tp)  # type: ignore[no-untyped-call]
     return 0

@@ -163,12 +163,14 @@ def our_round(llm: LLM, workload: Workload) -> Round:
     return make_round(times, [answer.token_ids for answer in answers], started)
 
 
-def comparable(config: Config) -> Config:
+def comparable(config: Config, spec: WorkloadSpec) -> Config:
     """The configuration in transformers' precision; raises ConfigError for what it cannot be compared in."""
     if config.dummy_weight:
         raise ConfigError("--compare transformers needs the checkpoint's weights: leave --dummy-weight out")
     if config.dtype not in ("auto", "float32"):
         raise ConfigError("--compare transformers measures in float32: leave --dtype out")
+    if spec.output_len[0] < 2:
+        raise ConfigError("--compare transformers measures the time between tokens: give --output-len of at least 2")
     return config.replace(dtype="float32")
 
 

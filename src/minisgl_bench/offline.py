@@ -29,7 +29,7 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
     report, gpu = Report("offline", arguments, engine_path(config, options.json, "offline")), on_gpu(config)
     spec = workload_spec(options, gpu)
     if options.compare is not None:
-        config = comparable(config)
+        config = comparable(config, spec)
     with LLM(config=config) as llm:
         token_times(llm, min(8, llm.model.max_seq_len - 1), 1)
         first_token = process_seconds()

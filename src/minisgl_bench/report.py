@@ -110,14 +110,14 @@ def require_writable(path: Path | None) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{path.parent}: {error.strerror}; give --json FILE") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"--json {path}: not a file that can be written")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
     made = Table(title=title)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index < left else "right")
+        made.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made
@@ -178,8 +178,7 @@ def draw_latencies(
             places = (rates, spots) if sweep else (spots, labels)
             below.plot(*places, marker="o", linestyle="-" if sweep else "", label=quantile)
         if sweep:
-            scale = "log" if drawn else "linear"
-            below.set(xlabel="output tokens/s", ylabel=f"{LATENCIES[name]}, ms", yscale=scale)
+            below.set(xlabel="output tokens/s", ylabel=f"{LATENCIES[name]}, ms", yscale="log" if drawn else "linear")
         else:
             below.set(xlabel=f"{LATENCIES[name]}, ms")
             below.set_xlim(left=0)

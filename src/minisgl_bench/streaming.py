@@ -20,9 +20,11 @@ import psutil
 from minisgl.cli import Parser
 from minisgl.config import Config
 from minisgl.core.types import EngineStats, FinishReason, ModelInfo, TokenEvent
+from minisgl.errors import EngineDeadError
 from minisgl.formats.hub import locate_model
 from minisgl.server import ipc
 from minisgl.server.launch import serve
+from minisgl_bench.command import count, number
 
 if TYPE_CHECKING:
     from minisgl.server.engine_process import Links
@@ -118,14 +120,16 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     with subprocess.Popen([*PROGRAM, *arguments, "--serve"], stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            port = next(found[1] for line in server.stdout if (found := re.search(r"http://.*:(\d+)/v1\n", line)))
+            ports = (found[1] for line in server.stdout if (found := re.search(r"http://.*:(\d+)/v1\n", line)))
+            if (port := next(ports, None)) is None:
+                raise EngineDeadError(f"the server ended with status {server.wait()} before it was ready")
             children = psutil.Process(server.pid).children()
             api = [child for child in children if "minisgl.server.api_process" in child.cmdline()]
             api = api or [psutil.Process(server.pid)]
             shares = [options.clients // len(api) + (i < options.clients % len(api)) for i in range(len(api))]
             before = [sum(process.cpu_times()[:2]) for process in api]
             began = time.perf_counter()
-            commands = [[*PROGRAM, *arguments, "--port", port, "--clients", str(share)] for share in shares]
+            commands = [[*PROGRAM, *arguments, "--port", port, "--clients", str(share)] for share in shares if share]
             drivers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
             figures = [json.loads(driver.communicate()[0]) for driver in drivers]
             took = time.perf_counter() - began
@@ -136,17 +140,17 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     print(f"offered   {options.clients / options.step:>10,.0f} tokens/s to {options.clients} clients")
     print(f"streamed  {tokens:>10,.0f} tokens/s in {events:,.0f} events/s")
     print(f"busy      {' '.join(f'{share:.0%}' for share in busy)} of a core by each API process")
-    print(f"CPU       {sum(busy) / tokens * 1e6:>10.1f} µs by API processes for each token")
+    print(f"CPU       {sum(busy) / max(1, tokens) * 1e6:>10.1f} µs by API processes for each token")
     return 0
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="minisgl bench streaming", description=__doc__)
-    parser.add_argument("--api-workers", type=int, default=1, help="API processes of the server")
-    parser.add_argument("--clients", type=int, default=64, help="connections, each with one completion at a time")
-    parser.add_argument("--tokens", type=int, default=200, help="tokens of a completion")
-    parser.add_argument("--seconds", type=float, default=10.0, help="time to measure")
-    parser.add_argument("--step", type=float, default=0.003, help="seconds of an engine's step")
+    parser.add_argument("--api-workers", type=count, default=1, help="API processes of the server")
+    parser.add_argument("--clients", type=count, default=64, help="connections, each with one completion at a time")
+    parser.add_argument("--tokens", type=count, default=200, help="tokens of a completion")
+    parser.add_argument("--seconds", type=number, default=10.0, help="time to measure")
+    parser.add_argument("--step", type=number, default=0.003, help="seconds of an engine's step")
     parser.add_argument("--model", default="", help="folder whose tokenizer is used; default: the bundled model")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)

@@ -239,8 +239,7 @@ def make_sessions(options: argparse.Namespace, kind: str, value: float, seed: in
         sessions = from_chats(seed, *shape, inputs, outputs, options.think)
     else:
         count = options.requests or default.num_requests
-        spec = WorkloadSpec(num_requests=count, input_len=inputs, output_len=outputs, seed=seed)
-        sessions = from_workload(spec)
+        sessions = from_workload(WorkloadSpec(num_requests=count, input_len=inputs, output_len=outputs, seed=seed))
     return with_arrivals(sessions, value, options.burstiness, seed) if kind == "rate" else sessions
 
 

@@ -55,11 +55,6 @@ def test_models_without_text_get_random_prompts(tmp_path: Path, dummy: tuple[str
     assert 0 < report["prefill"]["mean"] < 0.1
 
 
-def test_without_a_setting_there_is_nothing_to_compare(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fidelity"]) != 0
-    assert "give --quantization or --kv-cache-dtype" in capsys.readouterr().err
-
-
 def test_differences_are_absolute() -> None:
     exact = [TokenLogprobs(-1.0, (3,), (-0.5,)), TokenLogprobs(-2.0, (4,), (-0.5,))]
     others = [TokenLogprobs(-1.5, (3,), (-0.5,)), TokenLogprobs(-1.0, (5,), (-0.5,))]

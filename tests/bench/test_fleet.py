@@ -118,20 +118,3 @@ def test_a_grid_of_fleets_has_a_row_for_each(tmp_path: Path, capsys: pytest.Capt
         calm = run is whole.get((run["replicas"], run["router"]))
         assert (run["gpu_hours_per_million_output_tokens"] == pytest.approx(hours)) == calm
     assert "GPU h /" in capsys.readouterr().out.replace("\n", " ")
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--router", "best"], "'best' is not one of random"),
-        (["--lose", "1"], "--lose needs --replicas of at least 2"),
-        (["--replicas", "0"], "is not a count of at least 1"),
-    ],
-)
-def test_what_cannot_run_is_told(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        status = bench([*FLAGS, *words])
-    except SystemExit as error:
-        status = int(error.code or 0)
-    assert status
-    assert said in capsys.readouterr().err

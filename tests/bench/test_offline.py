@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers.tiny_models import save_model
+from minisgl.errors import ConfigError
 from minisgl_bench import offline, profile
 from minisgl_bench import report as report_module
 from minisgl_bench.command import engine_parser, length_range, main
@@ -125,6 +126,7 @@ def test_comparison_finds_the_same_greedy_tokens_as_transformers(folder: Path, t
     [
         (["--compare", "transformers", "--dummy-weight"], "needs the checkpoint's weights"),
         (["--compare", "transformers", "--dtype", "bfloat16"], "measures in float32"),
+        (["--compare", "transformers", "--output-len", "1:6"], "give --output-len of at least 2"),
         (["--json", "/nowhere/report.json"], "--json /nowhere/report.json: not a file that can be written"),
         (["--temperature", "nan"], "temperature must be between 0 and 100"),
         (["--input-len", "63", "--output-len", "9"], "maximum context length is 64 tokens"),
@@ -137,6 +139,33 @@ def test_what_cannot_be_measured_is_one_line_and_status_1(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("fidelity", "bench fidelity: give --quantization or --kv-cache-dtype"),
+        ("online --serve --ssl-certfile c.pem --ssl-keyfile k.pem --rate 1", "--serve is measured without TLS"),
+        ("streaming --model /nowhere", "the server ended with status 1 before it was ready"),
+        ("collectives --json /nowhere/x", "--json /nowhere/x: not a file that can be written"),
+        ("collectives --tp 99", f"--tp 99: there are {torch.cuda.device_count()} GPUs"),
+    ],
+)
+def test_what_cannot_start_is_one_line(words: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split()) == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_a_report_that_cannot_be_overwritten_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path == tmp_path)
+    with pytest.raises(ConfigError, match="not a file that can be written"):
+        report_module.require_writable(tmp_path / "x")
+
+
+def test_a_table_shows_long_names_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    report_module.Report("simulate", [], None).print(report_module.table("", ("run",), [("m" * 200,)]))
+    assert capsys.readouterr().out.count("m") == 200
 
 
 def test_engine_flags_are_taken_and_the_servers_are_not() -> None:

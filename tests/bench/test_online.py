@@ -210,11 +210,6 @@ def test_a_server_of_our_own_that_dies_leaves_the_report(
     assert sum(run["failed"].values()) > 0
 
 
-def test_a_server_of_our_own_with_tls_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench("--serve", "--ssl-certfile", "c.pem", "--ssl-keyfile", "k.pem", "--concurrency", "1") == 1
-    assert "--serve is measured without TLS" in capsys.readouterr().err
-
-
 def test_a_server_that_does_not_start_is_told_with_its_last_words(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     flags = ["--model", str(tmp_path), "--dummy-weight"]

@@ -117,9 +117,3 @@ def test_what_decides_on_tokens_is_not_replayed(tmp_path: Path) -> None:
     (tmp_path / "t").write_text(json.dumps(row))
     (found,) = traffic.read_trace(tmp_path / "t", 10).requests
     assert found.sampling == SamplingParams(ignore_eos=True, top_k=3)
-
-
-def test_several_simulations_have_no_one_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--rate", "1,2", "--requests", "2", "--trace-steps", str(tmp_path / "steps.json")]
-    assert main(["simulate", "--model", str(MODEL), *words]) == 1
-    assert "--trace-steps is of one simulation, and these are 2" in capsys.readouterr().err

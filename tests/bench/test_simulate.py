@@ -13,7 +13,7 @@ from minisgl.core.model_config import ModelSpec, read_spec
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import Request, SamplingParams
 from minisgl.errors import ConfigError
-from minisgl_bench import traffic
+from minisgl_bench import metrics, traffic
 from minisgl_bench.calibrate import REDUCED, GpuProbe, solve
 from minisgl_bench.command import main
 from minisgl_bench.command import simulate as command
@@ -56,20 +56,17 @@ def test_a_grid_has_a_run_for_each_combination_and_one_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--rate=40", "--policy=fcfs,lpm:patience=5", "--max-running-requests=2,8", "--gpu=h200,a100"]
-    found = report_of(tmp_path / "grid.json", *flags)
-    runs = found["runs"]
+    runs = report_of(tmp_path / "grid.json", *flags)["runs"]
     assert len(runs) == len({run["label"] for run in runs}) == 8
     assert {run["config"]["schedule_policy"] for run in runs} == {"fcfs", "lpm:patience=5"}
     assert {run["config"]["max_running_requests"] for run in runs} == {2, 8}
     assert all(run["requests"] == 40 and not run["failed"] for run in runs)
     assert (tmp_path / "grid.png").exists()
-    printed = capsys.readouterr().out
-    assert "NVIDIA A100-SXM4-80GB: not measured" in printed
+    assert "NVIDIA A100-SXM4-80GB: not measured" in capsys.readouterr().out
     by_label = {run["label"]: run["latency_ms"]["e2e"]["p50"] for run in runs}
     slow, fast = (f"max running requests 8, fcfs, {gpu}" for gpu in ("a100", "h200"))
     assert by_label[slow] > 1.2 * by_label[fast]
-    narrow = "max running requests 2, fcfs, h200"
-    assert by_label[narrow] > 1.2 * by_label[fast]
+    assert by_label["max running requests 2, fcfs, h200"] > 1.2 * by_label[fast]
 
 
 def test_one_run_reports_what_bench_online_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +111,10 @@ BAD = [
     (["--rate", "1", "--page-size", "16,0"], 2, "--page-size must be between 1 and 256"),
     (["--rate", "1", "--url", "x"], 2, "unrecognized arguments: --url x"),
     (["--rate", "1", "--scale", "1"], 2, "--rate does not go with --scale"),
+    (["--rate", "1", "--router", "best"], 2, "'best' is not one of random"),
+    (["--rate", "1", "--replicas", "0"], 2, "is not a count of at least 1"),
+    (["--rate", "1", "--lose", "1"], 1, "--lose needs --replicas of at least 2"),
+    (["--rate", "1,2", "--trace-steps", "x"], 1, "--trace-steps is of one simulation, and these are 2"),
     ([], 2, "one of --trace, --rate, --concurrency is required"),
 ]
 
@@ -180,6 +181,7 @@ def test_a_closed_loop_never_has_more_requests_than_asked_for() -> None:
     times = [(record.sent, 1) for record in records] + [(record.times[-1], -1) for record in records]
     running = np.cumsum([change for _, change in sorted(times, key=lambda pair: (pair[0], pair[1]))])
     assert running.max() == 4
+    assert metrics.figures(records, {})["seconds"] == replica.executor.now + replica.gpu.event_seconds
 
 
 def test_turns_of_a_chat_wait_for_the_answer_and_find_their_history_cached() -> None:

@@ -108,7 +108,7 @@ def test_an_llm_on_ranks_of_torchrun_ends_them_without_a_complaint(tmp_path: Pat
 
 
 def test_torchrun_with_another_number_of_ranks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     done = subprocess.run(
         [sys.executable, "-m", "minisgl", "--tp", "2"], capture_output=True, text=True, timeout=60, check=False
