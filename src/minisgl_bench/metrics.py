@@ -18,7 +18,7 @@ class RequestRecord:
 
     index: int
     due: float = 0.0
-    sent: float = 0.0
+    sent: float = np.nan  # NaN: it never was
     times: "array[float]" = field(default_factory=lambda: array("d"))  # of each event with tokens
     expected_input: int | None = None
     expected_output: int = 0
@@ -61,7 +61,7 @@ def figures(records: Sequence[RequestRecord], slo: Mapping[str, float]) -> dict[
     """All that is reported of a run but CPU use. Goodput is that of Zhong et al., "DistServe", OSDI 2024."""
     good = [record for record in records if record.failure is None]
     failed = [record for record in records if record.failure is not None]
-    start = min((record.sent for record in records if record.sent or record.failure is None), default=0.0)
+    start = min((record.sent for record in records if not np.isnan(record.sent)), default=0.0)
     seconds = max((record.times[-1] for record in good), default=start) - start
     tokens_in = sum(record.prompt_tokens for record in good)
     tokens_out = sum(record.completion_tokens for record in good)

@@ -246,7 +246,7 @@ async def watch_client() -> AsyncIterator[ClientUsage]:
 
 
 def client_figures(usage: ClientUsage, records: Sequence[RequestRecord], tokens: int) -> dict[str, Any]:
-    late = np.array([max(0.0, record.sent - record.due) for record in records if record.sent])
+    late = np.array([max(0.0, record.sent - record.due) for record in records if not np.isnan(record.sent)])
     found = {"event loop lag": spread(np.frombuffer(usage.lags)), "send lateness": spread(late)}
     share = usage.cpu / usage.seconds if usage.seconds else 0.0
     reasons = [
