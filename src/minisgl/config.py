@@ -257,9 +257,9 @@ def launcher(tp: int, environ: Mapping[str, str] = os.environ) -> Launcher | Non
     if environ.get("WORLD_SIZE", "1") == "1":
         return None
     try:
-        rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+        rank, size, _ = (int(environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))  # torch reads the port
         local_rank, local_size = int(environ.get("LOCAL_RANK", rank)), int(environ.get("LOCAL_WORLD_SIZE", size))
-        address, _ = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])  # which torch reads
+        address = environ["MASTER_ADDR"]
     except (KeyError, ValueError) as error:
         rule = f"so RANK, MASTER_ADDR and MASTER_PORT must be set as torchrun does: {error}"
         raise ConfigError(f"WORLD_SIZE is {environ['WORLD_SIZE']!r}, {rule}") from error
